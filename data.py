@@ -238,7 +238,7 @@ def label_tokens(task: Task, tokenizer: tiktoken.Encoding) -> Tensor:
 def load_task(name: str, data_dir: str | None, max_train: int | None = None) -> tuple[list[Row], list[Row], str]:
     """(train rows, dev rows, a line that says which data it is): the built-in sample, or DIR/folder/{train,dev}.tsv.
 
-    Raises ValueError for unreadable content and OSError for a file that is missing.
+    Raises ValueError for a file that is missing or cannot be read as this task.
     """
     task = TASKS[name]
     if data_dir is None:
@@ -258,8 +258,10 @@ def load_task(name: str, data_dir: str | None, max_train: int | None = None) -> 
 def read_tsv(path: Path, task: Task) -> Iterator[Row]:
     """Rows of a tab-separated UTF-8 file with a header line, unquoted as GLUE's are.
 
-    Raises ValueError, naming file and line, for what cannot be read as this task; OSError when there is no file.
+    Raises ValueError, naming file and line, for a missing file and for what cannot be read as this task.
     """
+    if not path.is_file():
+        raise ValueError(f"{path} not found: --data names the folder that holds {task.folder}/train.tsv and dev.tsv")
     header, count = None, 0
     with open(path, "rb") as file:                                     # bytes: only \n ends a line
         for number, line in enumerate(file, start=1):

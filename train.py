@@ -256,7 +256,7 @@ def restore(adapter: dict, gpt: GPT) -> tuple[SoftPrompt, InstanceEncoder]:
 # 5. One run, from the data to the files
 
 # Per method: learning rate and deviation of Z_S at the start, as chosen on a slice of the training split (README.md).
-DEFAULTS = {"lopa": dict(lr=5e-3, init_std=1.0), "pt": dict(lr=1e-1, init_std=0.1)}
+DEFAULTS = {"lopa": dict(lr=3e-3, init_std=1.0), "pt": dict(lr=1e-1, init_std=1.0)}
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -339,7 +339,7 @@ def run(args: argparse.Namespace) -> dict:
             save_file(out / "metrics.jsonl", metrics)
     except (KeyboardInterrupt, FloatingPointError) as error:
         kept = f"{out} holds the adapter after epoch {len(metrics) - 1}" if len(metrics) > 1 else "nothing was saved yet"
-        raise type(error)(f"{error or 'interrupted'}; {kept}") from None
+        raise type(error)(f"{str(error) or 'interrupted'}; {kept}") from None
     result = config | before | dict(accuracy=score, trainable_parameters=trainable, total_parameters=trainable + frozen,
                                     train_seconds=time.time() - began, pretrain_seconds=pretrain_seconds,
                                     torch=torch.__version__, device=args.device)

@@ -1,0 +1,17 @@
+"""The tiny GPT that the tests share: pre-trained once, about 20 s, then read from the cache as any run reads it."""
+
+from pathlib import Path
+
+import pytest
+
+import train
+from model import InstanceEncoder
+
+CACHE = Path(train.__file__).parent / ".cache"
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """(frozen tiny GPT, its tokenizer)"""
+    gpt, tokenizer, _ = train.tiny_gpt(seed=0, cache_dir=CACHE, device="cpu")
+    return InstanceEncoder(gpt).gpt, tokenizer

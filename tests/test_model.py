@@ -1,0 +1,139 @@
+"""model.py against a GPT-2 written out in float64, and against what padding and batching must not change."""
+
+import math
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig, InstanceEncoder
+
+
+@pytest.fixture
+def gpt():
+    torch.manual_seed(0)
+    config = GPTConfig(vocab_size=31, n_positions=24, n_embd=12, n_layer=3, n_head=2, initializer_range=0.3)
+    return GPT(config).double().requires_grad_(False)
+
+
+def tokens_of(*lengths, pad_to=None):
+    """Random rows of the given lengths -> right-padded tokens, lengths. The padding is random too: it must not matter."""
+    width = pad_to or max(lengths)
+    return torch.randint(31, (len(lengths), width)), torch.tensor(lengths)
+
+
+def naive_gpt2(weights, config, tokens):
+    """GPT-2 for one row of tokens, from its definition: loops over heads and positions, softmax and GELU spelled out."""
+    def linear(x, name):
+        return x @ weights[name + ".weight"].T + weights[name + ".bias"]
+
+    def norm(x, name):
+        centred = x - x.mean(-1, keepdim=True)
+        scaled = centred / torch.sqrt((centred ** 2).mean(-1, keepdim=True) + config.layer_norm_epsilon)
+        return scaled * weights[name + ".weight"] + weights[name + ".bias"]
+
+    T, d, size = len(tokens), config.n_embd, config.n_embd // config.n_head
+    x = torch.stack([weights["wte.weight"][t] + weights["wpe.weight"][i] for i, t in enumerate(tokens)])
+    for layer in range(config.n_layer):
+        name = f"h.{layer}"
+        q, k, v = linear(norm(x, name + ".ln_1"), name + ".attn.c_attn").split(d, dim=-1)
+        mixed = torch.zeros_like(x)
+        for head in range(config.n_head):
+            part = slice(head * size, (head + 1) * size)
+            for t in range(T):
+                scores = torch.stack([q[t, part] @ k[s, part] / math.sqrt(size) for s in range(t + 1)])
+                attention = torch.exp(scores) / torch.exp(scores).sum()
+                mixed[t, part] = sum(a * v[s, part] for s, a in enumerate(attention))
+        x = x + linear(mixed, name + ".attn.c_proj")
+        y = linear(norm(x, name + ".ln_2"), name + ".mlp.c_fc")
+        y = 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y ** 3)))
+        x = x + linear(y, name + ".mlp.c_proj")
+    return norm(x, "ln_f") @ weights["wte.weight"].T
+
+
+def test_logits_equal_a_gpt2_written_out_from_its_definition(gpt):
+    tokens, _ = tokens_of(9, 9)
+    for row, logits in zip(tokens, gpt(tokens)):
+        assert torch.allclose(logits, naive_gpt2(gpt.state_dict(), gpt.config, row.tolist()), atol=1e-10)
+
+
+def test_the_three_parts_make_the_whole_and_logits_can_be_taken_anywhere(gpt):
+    tokens, _ = tokens_of(7, 7)
+    hidden = gpt.hidden(gpt.embed(tokens))
+    assert torch.allclose(gpt(tokens)[:, 4], gpt.logits(hidden[:, 4]), atol=1e-12)
+
+
+def test_the_model_is_causal(gpt):
+    tokens, _ = tokens_of(10)
+    changed = tokens.clone()
+    changed[0, 6] = (changed[0, 6] + 1) % 31
+    before, after = gpt(tokens)[0], gpt(changed)[0]
+    assert torch.equal(before[:6], after[:6])
+    assert not torch.allclose(before[6:], after[6:])
+
+
+def test_right_padding_does_not_change_what_stands_before_it(gpt):
+    tokens, _ = tokens_of(10)
+    padded = torch.cat([tokens, torch.randint(31, (1, 5))], dim=1)
+    assert torch.allclose(gpt(tokens), gpt(padded)[:, :10], atol=1e-12)
+
+
+def test_an_input_longer_than_the_context_is_refused_with_both_numbers(gpt):
+    with pytest.raises(ValueError, match="25 tokens > context 24"):
+        gpt(tokens_of(25)[0])
+
+
+def test_module_names_are_gpt2s():
+    names = set(GPT(GPTConfig(8, 4, 4, 1, 1)).state_dict())
+    block = {f"h.0.{part}.{kind}" for kind in ("weight", "bias")
+             for part in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")}
+    assert names == block | {"wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias"}
+
+
+def test_gpt2_small_has_its_published_124_million_parameters():
+    with torch.device("meta"):
+        assert sum(p.numel() for p in GPT(GPTConfig()).parameters()) == 124_439_808
+
+
+def test_a_fingerprint_tells_models_apart(gpt):
+    before = gpt.fingerprint()
+    assert before == gpt.fingerprint()
+    gpt.wpe.weight[0, 0] += 1e-3
+    assert gpt.fingerprint() != before
+
+
+# --- the instance encoder --------------------------------------------------------------------------------------
+
+
+def test_the_instance_embedding_is_the_mean_over_real_tokens_half_way_up(gpt):
+    tokens, lengths = tokens_of(4, 7, 1)
+    h = InstanceEncoder(gpt)(tokens, lengths)
+    for i, length in enumerate(lengths.tolist()):
+        x = gpt.wte.weight[tokens[i, :length]] + gpt.wpe.weight[:length]
+        for block in (gpt.h[0], gpt.h[1]):             # two of three blocks
+            x = block(x[None])[0]
+        normed = [(row - row.mean()) / torch.sqrt(row.var(unbiased=False) + 1e-5) for row in x]
+        assert torch.allclose(h[i], sum(normed) / length, atol=1e-12)
+
+
+def test_padding_and_batching_do_not_change_the_instance_embedding(gpt):
+    encoder = InstanceEncoder(gpt)
+    tokens, lengths = tokens_of(4, 7, 1, pad_to=15)
+    batch = encoder(tokens, lengths)
+    for i, length in enumerate(lengths.tolist()):
+        alone = encoder(tokens[i:i + 1, :length], lengths[i:i + 1])
+        assert torch.allclose(batch[i:i + 1], alone, atol=1e-12)
+
+
+def test_fitting_standardises_every_feature_over_the_training_split(gpt):
+    encoder = InstanceEncoder(gpt)
+    tokens, lengths = tokens_of(*range(1, 13))
+    fitted = encoder.fit(encoder(tokens, lengths))
+    assert torch.allclose(fitted.mean(dim=0), torch.zeros(12, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(fitted.std(dim=0), torch.ones(12, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(encoder(tokens, lengths), fitted, atol=1e-12)
+
+
+def test_the_encoder_freezes_its_model():
+    gpt = GPT(GPTConfig(8, 4, 4, 1, 1))
+    InstanceEncoder(gpt)
+    assert not gpt.training and not any(p.requires_grad for p in gpt.parameters())

@@ -1,0 +1,273 @@
+"""train.py end to end, through the command line it ships with."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import train
+from model import InstanceEncoder
+
+REPOSITORY = Path(train.__file__).parent
+QUICK = ["--task", "sst2", "--max-train", "400", "--epochs", "3"]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    """The folder of one short LoPA run, and its result."""
+    out = tmp_path_factory.mktemp("runs") / "lopa"
+    train.main([*QUICK, "--out", str(out)])
+    return out, json.loads((out / "result.json").read_text())
+
+
+def refused(capsys, *argv):
+    """Run the command line, expect exit code 2, and return the one line it printed about it."""
+    with pytest.raises(SystemExit) as stop:
+        train.main([str(a) for a in argv])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err.strip()
+    assert "Traceback" not in message
+    return message.splitlines()[-1]
+
+
+# --- a run -----------------------------------------------------------------------------------------------------
+
+
+def test_the_result_is_complete_and_the_loss_falls(finished):
+    out, result = finished
+    assert result["task"] == "sst2" and result["method"] == "lopa" and result["model"] == "tiny"
+    assert result["data"] == "built-in sample, not GLUE"
+    assert result["trainable_parameters"] == 10 * 64 + 2 * (64 * 64 + 64) + 4 * (10 + 64) * (64 + 1)
+    assert result["majority"] == 0.5
+    assert {"seed", "num_virtual_tokens", "rank", "zero_shot", "linear_probe", "accuracy", "train_seconds",
+            "pretrain_seconds", "total_parameters"} <= result.keys()
+    config, *epochs = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    assert [line["epoch"] for line in epochs] == [1, 2, 3] and epochs[-1]["accuracy"] == result["accuracy"]
+    assert epochs[-1]["loss"] < epochs[0]["loss"]
+    assert config.items() <= result.items()
+    assert sorted(path.name for path in out.iterdir()) == ["adapter.pt", "metrics.jsonl", "result.json"]
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished, tmp_path):
+    out, _ = finished
+    for name, seed in (("again", 0), ("other", 1)):
+        train.main([*QUICK, "--seed", str(seed), "--out", str(tmp_path / name)])
+    first, again, other = (train.load_adapter(folder)["prompt"] for folder in (out, tmp_path / "again", tmp_path / "other"))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["soft_prompt"], other["soft_prompt"])
+
+
+def test_a_reloaded_adapter_gives_identical_logits_and_the_reported_accuracy(finished, tiny):
+    out, result = finished
+    gpt, tokenizer = tiny
+    prompt, encoder = train.restore(train.load_adapter(out), gpt)
+    split = data.encode(data.TASKS["sst2"], data.sst2_sample()[1], tokenizer, 118)
+    ids = data.label_tokens(data.TASKS["sst2"], tokenizer)
+    twice = [train.predict(gpt, prompt, split, train.instance_embeddings(encoder, split), ids) for _ in range(2)]
+    assert torch.equal(*twice)
+    assert train.accuracy(twice[0], split.labels) == result["accuracy"]
+
+
+def test_training_leaves_the_model_as_it_was_and_without_gradients(tiny):
+    gpt, tokenizer = tiny
+    before = {name: tensor.clone() for name, tensor in gpt.state_dict().items()}
+    split = data.encode(data.TASKS["sst2"], data.sst2_sample()[0][:64], tokenizer, 118)
+    encoder = InstanceEncoder(gpt)
+    instances = encoder.fit(train.instance_embeddings(encoder, split))
+    prompt = train.METHODS["lopa"](64, 64)
+    list(train.train_epochs(gpt, prompt, split, instances, data.label_tokens(data.TASKS["sst2"], tokenizer),
+                            epochs=1, batch_size=16, lr=1e-2, seed=0))
+    assert all(p.grad is not None and p.grad.any() for p in prompt.parameters())
+    assert all(p.grad is None for p in gpt.parameters()) and not instances.requires_grad
+    assert all(torch.equal(before[name], tensor) for name, tensor in gpt.state_dict().items())
+
+
+def test_the_target_is_read_at_the_last_real_token_whatever_the_padding(tiny):
+    gpt, tokenizer = tiny
+    task = data.TASKS["sst2"]
+    rows = [({"sentence": s}, 0) for s in ("the plot works", "although the music is very warm , the script drags")]
+    split, ids = data.encode(task, rows, tokenizer, 118), data.label_tokens(task, tokenizer)
+    prompt = train.METHODS["lopa"](64, 64).eval()
+    h = torch.randn(2, 64)
+    with torch.no_grad():
+        batch = train.label_logits(gpt, prompt, split.tokens, split.lengths, h, ids)
+        for i, length in enumerate(split.lengths.tolist()):
+            Z = prompt.prompt(h[i:i + 1])
+            alone = torch.cat([Z, gpt.embed(split.tokens[i:i + 1, :length])], dim=1)
+            assert torch.allclose(batch[i], gpt.logits(gpt.hidden(alone))[0, -1, ids], atol=1e-5)
+
+
+def test_zero_shot_is_the_bare_language_model(tiny):
+    gpt, tokenizer = tiny
+    task = data.TASKS["sst2"]
+    split, ids = data.encode(task, data.sst2_sample()[1][:20], tokenizer, 118), data.label_tokens(task, tokenizer)
+    probabilities = train.predict(gpt, None, split, torch.zeros(20, 64), ids)
+    for row, length, p in zip(split.tokens, split.lengths.tolist(), probabilities):
+        assert torch.allclose(gpt(row[None, :length])[0, -1, ids].softmax(-1), p, atol=1e-5)
+
+
+def test_the_linear_probe_separates_what_is_linear_and_not_an_exclusive_or():
+    torch.manual_seed(0)
+    h = torch.randn(400, 5)
+    for labels, low, high in (((h[:, 0] > 0.2).long(), 0.9, 1), (((h[:, 0] > 0) != (h[:, 1] > 0)).long(), 0.3, 0.7)):
+        score = train.accuracy(train.linear_probe(h[:200], labels[:200], h[200:]), labels[200:])
+        assert low <= score <= high
+
+
+def test_lopa_beats_prompt_tuning_and_needs_the_right_instance(tiny, tmp_path):
+    """The claim of the paper, on a quarter of the sample; README.md has the whole."""
+    accuracy = {}
+    for name, flags in (("lopa", []), ("pt", ["--method", "pt"]), ("shuffled", ["--shuffle-instances"])):
+        train.main(["--task", "sst2", "--max-train", "1500", "--epochs", "8", *flags, "--out", str(tmp_path / name)])
+        accuracy[name] = json.loads((tmp_path / name / "result.json").read_text())["accuracy"]
+    assert accuracy["lopa"] > accuracy["pt"] + 0.05
+    assert accuracy["lopa"] > accuracy["shuffled"] + 0.05
+
+
+def test_holding_out_scores_training_rows_and_never_reads_dev(tiny, tmp_path, monkeypatch):
+    rows, _ = data.sst2_sample()
+    monkeypatch.setattr(data, "load_task", lambda *_: (rows, None, "no dev rows at all"))
+    train.main(["--task", "sst2", "--epochs", "1", "--holdout", "3800", "--out", str(tmp_path / "run")])
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert (result["num_train"], result["num_scored"], result["scored_on"]) == (200, 3800, "held-out training rows")
+
+
+def test_the_pretrained_model_is_kept_and_its_name_follows_what_it_is_made_of(tmp_path, monkeypatch):
+    monkeypatch.setitem(train.PRETRAINING, "steps", 2)
+    first, _, seconds = train.tiny_gpt(0, tmp_path, "cpu")
+    again, _, no_seconds = train.tiny_gpt(0, tmp_path, "cpu")
+    assert seconds > 0 and no_seconds == 0 and first.fingerprint() == again.fingerprint()
+    train.tiny_gpt(1, tmp_path, "cpu")
+    monkeypatch.setitem(train.PRETRAINING, "lr", 1e-3)
+    train.tiny_gpt(0, tmp_path, "cpu")
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+# --- prediction ------------------------------------------------------------------------------------------------
+
+
+def test_predict_prints_label_and_probabilities(finished, capsys):
+    out, _ = finished
+    for text, label in (("a gorgeous , witty film", "positive"), ("a dull , lazy film", "negative")):
+        train.main(["--adapter", str(out), "--predict", text])
+        printed, negative, positive = capsys.readouterr().out.strip().split("\t")
+        p = [float(cell.split()[1]) for cell in (negative, positive)]
+        assert printed == label and sum(p) == pytest.approx(1, abs=0.002)
+        assert (p[1] > p[0]) == (label == "positive")
+
+
+def test_an_adapter_of_another_model_is_refused(finished, capsys, tmp_path):
+    out, _ = finished
+    adapter = torch.load(out / "adapter.pt", weights_only=True)
+    torch.save(adapter | {"fingerprint": "0123456789ab"}, tmp_path / "adapter.pt")
+    assert "another model (0123456789ab)" in refused(capsys, "--adapter", tmp_path, "--predict", "x")
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda tensors: tensors.pop("soft_prompt"), "'soft_prompt': the method needs [10, 64], the file has none"),
+    (lambda tensors: tensors.update(extra=torch.zeros(1)), "'extra': the method needs none, the file has [1]"),
+    (lambda tensors: tensors.update(soft_prompt=torch.zeros(9, 64)), "needs [10, 64], the file has [9, 64]"),
+])
+def test_missing_extra_and_misshapen_tensors_are_refused_by_name(finished, capsys, tmp_path, change, message):
+    out, _ = finished
+    adapter = torch.load(out / "adapter.pt", weights_only=True)
+    change(adapter["prompt"])
+    torch.save(adapter, tmp_path / "adapter.pt")
+    assert message in refused(capsys, "--adapter", tmp_path, "--predict", "x")
+
+
+def test_a_damaged_adapter_and_one_with_code_in_it_are_refused(capsys, tmp_path):
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "run-by-pickle"),)
+
+    for content in (b"", b"not a zip file"):
+        (tmp_path / "adapter.pt").write_bytes(content)
+        assert "cannot be read as saved weights" in refused(capsys, "--adapter", tmp_path, "--predict", "x")
+    torch.save({"format": 1, "prompt": Code()}, tmp_path / "adapter.pt")
+    assert "cannot be read as saved weights" in refused(capsys, "--adapter", tmp_path, "--predict", "x")
+    assert not (tmp_path / "run-by-pickle").exists()
+
+
+# --- bad input -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--task sst3", "argument --task: invalid choice: 'sst3'"),
+    ("--task sst2 --method lora2", "argument --method: invalid choice: 'lora2'"),
+    ("", "name a task: --task sst2"),
+    ("--task sst2 --rank 0", "argument --rank: 0 is not a positive number"),
+    ("--task sst2 --num-virtual-tokens -3", "argument --num-virtual-tokens: -3 is not a positive number"),
+    ("--task sst2 --lr nan", "argument --lr: nan is not a positive number"),
+    ("--task sst2 --dropout 1", "argument --dropout: 1.0 is not between 0 and 1"),
+    ("--task sst2 --num-virtual-tokens 128", "128 prompt tokens leave no room for text in a context of 128"),
+    ("--task sst2 --num-virtual-tokens 64 --fusion concat", "128 prompt tokens leave no room"),
+    ("--task sst2 --num-virtual-tokens 126", "needs more than the 2 tokens the context leaves"),
+    ("--task sst2 --holdout 4000", "--holdout 4000 leaves nothing of 4000 training rows"),
+    ("--task sst2 --data nowhere", "nowhere/SST-2/train.tsv not found"),
+    ("--adapter nowhere --predict x", "nowhere/adapter.pt"),
+    ("--task sst2 --predict x", "--predict TEXT and --adapter DIR go together"),
+])
+def test_bad_flags_get_one_clear_line(tiny, capsys, tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(capsys, *flags.split())
+    assert not list(tmp_path.iterdir())                # nothing was written
+
+
+def test_a_bad_row_is_named_by_file_and_line(capsys, tmp_path):
+    folder = tmp_path / "SST-2"
+    folder.mkdir()
+    for name in ("train.tsv", "dev.tsv"):
+        (folder / name).write_text("sentence\tlabel\nfine\t1\nwhat\tmaybe\n")
+    message = refused(capsys, "--task", "sst2", "--data", tmp_path, "--out", tmp_path / "out")
+    assert f"{folder}/train.tsv, line 3: label 'maybe' is none of 0, 1" in message
+
+
+def test_a_folder_that_holds_another_run_is_left_alone(finished, capsys):
+    out, _ = finished
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    message = refused(capsys, *QUICK, "--rank", 2, "--out", out)
+    assert "holds another run: rank is 4 there and 2 here" in message
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_step_and_learning_rate(tiny, capsys, tmp_path):
+    message = refused(capsys, *QUICK, "--lr", "1e20", "--out", tmp_path / "run")
+    assert "loss is nan at step" in message and "learning rate" in message and "lower --lr" in message
+    assert "nothing was saved yet" in message and not (tmp_path / "run").exists()
+
+
+def test_texts_that_do_not_fit_are_cut_and_counted(tiny, capsys, tmp_path):
+    train.main([*QUICK, "--epochs", "1", "--num-virtual-tokens", "115", "--out", str(tmp_path)])
+    assert "texts were cut to fit 115 prompt + 13 text tokens into the context of 128" in capsys.readouterr().out
+    assert json.loads((tmp_path / "result.json").read_text())["texts_cut"] > 0
+
+
+def test_ctrl_c_ends_cleanly_and_keeps_the_last_whole_epoch(tiny, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "train.py", "--task", "sst2", "--max-train", "200", "--epochs", "100000", "--out", str(tmp_path / "run")],
+        cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("epoch 3/"):
+            process.send_signal(signal.SIGINT)
+            break
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert "interrupted" in errors and "holds the adapter after epoch" in errors
+    assert train.load_adapter(tmp_path / "run")["method"] == "lopa"
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["adapter.pt", "metrics.jsonl"]
+
+
+@pytest.mark.skipif("GLUE_DIR" not in os.environ, reason="GLUE_DIR does not name a folder with the real SST-2/train.tsv")
+def test_real_sst2_text_goes_through_and_is_told_apart_from_the_sample(tiny, capsys, tmp_path):
+    train.main([*QUICK, "--epochs", "1", "--data", os.environ["GLUE_DIR"], "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "real text is beyond it" in printed and "not GLUE" not in printed
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["data"].endswith("SST-2") and result["num_scored"] == 872
