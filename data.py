@@ -120,6 +120,22 @@ def sst2_sample(n_train: int = 4000, n_dev: int = 872, seed: int = 0) -> tuple[l
     return examples[n_dev:], examples[:n_dev]
 
 
+def rte_sample(n_train: int = 4000, n_dev: int = 872, seed: int = 0) -> tuple[list[Row], list[Row]]:
+    """Pairs of one-clause sentences, 20 % of them negated; label 1 if both mean the same polarity, balanced.
+
+    An exclusive or of two things the model knows: no single sentence says anything about the label.
+    """
+    rng = random.Random(seed)
+    rows: dict[tuple[str, str], int] = {}
+    while len(rows) < n_train + n_dev:
+        label, polarity = len(rows) % 2, rng.randrange(2)
+        first, second = (clause(rng, p, rng.choices((PLAIN, NEGATED), (80, 20))[0])
+                         for p in (polarity, polarity if label else 1 - polarity))
+        rows.setdefault((first, second), label)
+    examples = [({"sentence1": first, "sentence2": second}, label) for (first, second), label in rows.items()]
+    return examples[n_dev:], examples[:n_dev]
+
+
 TASKS = {
     "sst2": Task(
         folder="SST-2",
@@ -129,11 +145,19 @@ TASKS = {
         label_names=("negative", "positive"),
         sample=sst2_sample,
     ),
+    "rte": Task(
+        folder="RTE",
+        fields=("sentence1", "sentence2"),
+        template="{sentence1} ? {sentence2} . Answer:",
+        label_words={"not_entailment": " No", "entailment": " Yes"},
+        label_names=("not entailed", "entailed"),
+        sample=rte_sample,
+    ),
 }
 
 
 def pretraining_text(n_documents: int = 20_000, seed: int = 1) -> str:
-    """The tiny GPT's whole education. No dev sentence of any task occurs in it."""
+    """The tiny GPT's whole education. No dev sentence of any task is a sentence of it."""
     avoid = {text for task in TASKS.values() if task.sample
              for fields, _ in task.sample()[1] for text in fields.values()}
     rng = random.Random(seed)
@@ -166,9 +190,10 @@ def learn_tokenizer(text: str) -> tiktoken.Encoding:
 
 
 def tiny_tokenizer() -> tiktoken.Encoding:
-    """The sample's tokenizer: from the pre-training text and, without their labels, the tasks' training sentences."""
-    sentences = [" ".join(fields.values()) for task in TASKS.values() if task.sample for fields, _ in task.sample()[0]]
-    return learn_tokenizer(pretraining_text() + "\n".join(sentences))
+    """The sample's tokenizer: from the pre-training text, the tasks' training sentences, templates and label words."""
+    filled = [task.template.format(**fields) + "".join(task.label_words.values())
+              for task in TASKS.values() if task.sample for fields, _ in task.sample()[0]]
+    return learn_tokenizer(pretraining_text() + "\n".join(filled))
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -1,16 +1,16 @@
-r"""LoPA, Low-rank Prompt Adaptation: a frozen language model, adapted from the outside.
+r"""LoPA, Low-rank Prompt Adaptation, and its relatives: a frozen language model, adapted from the outside.
 
-Jain, Chaudhuri, Reps, Jermaine: "Prompt Tuning Strikes Back: Customizing Foundation Models with Low-Rank
-Prompt Adaptation", NeurIPS 2024, arXiv 2405.15282. This one file is the whole method; it needs torch alone and
-works with every model that accepts embedded text. "The released code" below is the authors' repository
-jabhinav/Prompt-Tuning-Strikes-Back-with-LOPA-NLU. Equation numbers are those of tutorial.md.
+Jain, Chaudhuri, Reps, Jermaine: "Prompt Tuning Strikes Back: Customizing Foundation Models with Low-Rank Prompt
+Adaptation", NeurIPS 2024, arXiv 2405.15282. This one file is the whole method; it needs torch alone and works with
+every model that accepts embedded text. "The released code" is jabhinav/Prompt-Tuning-Strikes-Back-with-LOPA-NLU.
+Equation numbers are those of tutorial.md. To read the heart of it, read sections 1 and 4.
 
     symbol          meaning                                         name in code         shape
     B, T            batch size, text length in tokens               B, T
     m               length of the soft prompt, in virtual tokens    num_virtual_tokens
     d               width of the frozen model's embeddings          embed_dim
     h               instance embedding, from a frozen encoder       instance             (B, d_h), d_h = instance_dim
-    H               hidden width of the two heads                   hidden_dim
+    H               hidden width of the heads                       hidden_dim
     r               rank                                            rank
     Z_S             task-specific component, one for all inputs     soft_prompt          (m, d)
     U, V            instance-specific factors, one pair per input   U, V                 (B, m, r), (B, d, r)
@@ -20,12 +20,12 @@ jabhinav/Prompt-Tuning-Strikes-Back-with-LOPA-NLU. Equation numbers are those of
     [Z ; X_e]       what the frozen model reads                     return value         (B, m + T, d)
 """
 
+import copy
 import math
 
 import torch
 from torch import Tensor, nn
-
-__all__ = ["SoftPrompt", "PromptTuning", "LoPA", "METHODS", "get_nb_trainable_parameters"]
+from torch.nn import functional as F
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -35,9 +35,14 @@ __all__ = ["SoftPrompt", "PromptTuning", "LoPA", "METHODS", "get_nb_trainable_pa
 class SoftPrompt(nn.Module):
     """What all methods share: make a soft prompt Z and put it before the embedded text.
 
-    A method is one subclass with one function, `prompt`. The frozen model never becomes part of this module, so
-    `parameters()` and `state_dict()` hold what is learned and nothing else.
+    A method is a subclass with one function, `prompt`. The frozen model never becomes part of this module, so
+    `parameters()` and `state_dict()` hold what is learned and nothing else. The keywords of all methods are
+    accepted by each, and those it has no use for end here, so that one loop can build them all.
     """
+
+    def __init__(self, instance_dim: int = 0, rank: int = 0, hidden_dim: int = 0, dropout: float = 0.0,
+                 init_std: float = 0.0, max_length: int = 0):
+        super().__init__()
 
     def prompt(self, instance: Tensor) -> Tensor:
         """Instance embeddings h (B, d_h) -> soft prompt Z (B, m, d)."""
@@ -50,30 +55,94 @@ class SoftPrompt(nn.Module):
 
 
 class PromptTuning(SoftPrompt):
-    r"""Z = Z_S for every input: prompt tuning (Lester, Al-Rfou, Constant 2021, arXiv 2104.08691).
+    """Z = Z_S for every input: prompt tuning (Lester, Al-Rfou, Constant 2021, arXiv 2104.08691)."""
 
-    Trainable: N = m d. `instance_dim` and what follows it are accepted and ignored, so that one loop can build
-    every method with the same keywords.
-    """
-
-    def __init__(self, embed_dim: int, instance_dim: int = 0, num_virtual_tokens: int = 10, rank: int = 4,
-                 hidden_dim: int = 256, init_std: float = 1.0):
-        super().__init__()
+    def __init__(self, embed_dim: int, num_virtual_tokens: int = 10, init_std: float = 1.0, **unused):
+        super().__init__(**unused)
         require_positive(embed_dim=embed_dim, num_virtual_tokens=num_virtual_tokens)
         self.soft_prompt = nn.Parameter(init_std * torch.randn(num_virtual_tokens, embed_dim))   # Z_S: (m, d)
 
     def prompt(self, instance: Tensor) -> Tensor:
         return self.soft_prompt.expand(len(instance), -1, -1)          # Eq. (2): (m, d) -> (B, m, d), no copy
 
+    @staticmethod
+    def count(embed_dim: int, num_virtual_tokens: int, **unused) -> int:
+        return num_virtual_tokens * embed_dim                          # N = m d
+
 
 # ---------------------------------------------------------------------------------------------------------------
-# 2. LoPA: the prompt depends on the input, through two thin factors, behind a gate.
+# 2. Relatives whose prompt is the same for every input, but is built from fewer or better-behaved parameters
 
 
-class LowRankHead(nn.Module):
-    r"""h -> one factor, U or V: reshape(W_2 tanh(W_1 Drop(h) + b_1) + b_2), a small MLP with one hidden layer.
+class DecomposedPromptTuning(PromptTuning):
+    """Z = A B with A (m, r), B (r, d): DPT (Xiao et al. 2023; code XYaoooo/DPT), where r is called b."""
 
-    Shapes: (B, d_h) -> (B, rows, r), with rows = m for U and rows = d for V. Trainable: H (d_h + 1) + rows r (H + 1).
+    def __init__(self, embed_dim: int, num_virtual_tokens: int = 10, rank: int = 4, **unused):
+        SoftPrompt.__init__(self, **unused)
+        require_positive(embed_dim=embed_dim, num_virtual_tokens=num_virtual_tokens, rank=rank)
+        self.A = nn.Parameter(torch.empty(num_virtual_tokens, rank).uniform_(-0.5, 0.5))
+        self.B = nn.Parameter(torch.empty(rank, embed_dim).uniform_(-0.5, 0.5))
+
+    def prompt(self, instance: Tensor) -> Tensor:
+        return (self.A @ self.B).expand(len(instance), -1, -1)         # Eq. (3): (m, r)(r, d) -> (B, m, d)
+
+    @staticmethod
+    def count(embed_dim: int, num_virtual_tokens: int, rank: int, **unused) -> int:
+        return rank * (num_virtual_tokens + embed_dim)                 # N = r (m + d)
+
+
+class BilinearPromptTuning(DecomposedPromptTuning):
+    """The low-rank form of BPT (Wang et al. 2025, arXiv 2506.22908), made for images: DPT's product, another start."""
+
+    def __init__(self, embed_dim: int, num_virtual_tokens: int = 10, rank: int = 4, **unused):
+        super().__init__(embed_dim, num_virtual_tokens, rank, **unused)
+        nn.init.normal_(self.A, std=0.02)
+        nn.init.xavier_uniform_(self.B)
+
+
+class ResidualPromptTuning(PromptTuning):
+    """Z_i = P_i + LN(W_up ReLU(W_down P_i + b) + b'), one MLP for all i (Razdaibiedina et al. 2023, arXiv 2305.03937)."""
+
+    def __init__(self, embed_dim: int, num_virtual_tokens: int = 10, hidden_dim: int = 256, **unused):
+        super().__init__(embed_dim, num_virtual_tokens, **unused)
+        require_positive(hidden_dim=hidden_dim)
+        self.mlp = nn.Sequential(nn.Linear(embed_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, embed_dim),
+                                 nn.LayerNorm(embed_dim))
+
+    def prompt(self, instance: Tensor) -> Tensor:
+        Z = self.soft_prompt + self.mlp(self.soft_prompt)              # Eq. (4): (m, d)
+        return Z.expand(len(instance), -1, -1)                         # (B, m, d)
+
+    @staticmethod
+    def count(embed_dim: int, num_virtual_tokens: int, hidden_dim: int, **unused) -> int:
+        return num_virtual_tokens * embed_dim + 2 * embed_dim * hidden_dim + hidden_dim + 3 * embed_dim
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 3. Instance dependence: the prompt is computed from the input, through h. Eq. (5) is the encoder, in model.py.
+
+
+class PHMLinear(nn.Module):
+    """A linear layer whose weight is a sum of n Kronecker products, W = sum_i A_i x B_i: about n times fewer numbers.
+
+    Shapes: A (n, n, n), B (n, out / n, in / n). Parameterised hypercomplex multiplication, as IDPG uses it.
+    """
+
+    def __init__(self, in_features: int, out_features: int, n: int):
+        super().__init__()
+        if in_features % n or out_features % n:
+            raise ValueError(f"phm {n} has to divide both widths, {in_features} and {out_features}")
+        self.A = nn.Parameter(nn.init.xavier_uniform_(torch.empty(n, n, n)))
+        self.B = nn.Parameter(nn.init.xavier_uniform_(torch.empty(n, out_features // n, in_features // n)))
+        self.bias = nn.Parameter(torch.zeros(out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = torch.einsum("nij,nkl->ikjl", self.A, self.B)         # (n, out / n, n, in / n)
+        return F.linear(x, weight.flatten(2).flatten(0, 1), self.bias)
+
+
+class Head(nn.Module):
+    r"""W_2 tanh(W_1 Drop(h) + b_1) + b_2: (B, d_h) -> (B, out). Trainable: d_h H + H + (H + 1) out.
 
     Weights start as N(0, 1/fan_in). The released code uses N(0, 0.02^2) (utils/model.py @0b7e1ae,
     init_predictor_head) for an encoder 1024 wide, where 1/sqrt(fan_in) is 0.03. On narrow encoders 0.02 would leave U
@@ -81,25 +150,58 @@ class LowRankHead(nn.Module):
     never; following the width is the same rule at 1024 and works at 64. Biases are as released: b_2 = 0, b_1 PyTorch's.
     """
 
-    def __init__(self, instance_dim: int, hidden_dim: int, rows: int, rank: int, dropout: float):
+    def __init__(self, instance_dim: int, hidden_dim: int, out_features: int, dropout: float):
         super().__init__()
-        self.rank = rank
         self.dropout = nn.Dropout(dropout)
         self.down_proj = nn.Linear(instance_dim, hidden_dim)           # W_1: (H, d_h)
-        self.up_proj = nn.Linear(hidden_dim, rows * rank)              # W_2: (rows r, H)
+        self.up_proj = nn.Linear(hidden_dim, out_features)             # W_2: (out, H)
         nn.init.normal_(self.down_proj.weight, std=1 / math.sqrt(instance_dim))
         nn.init.normal_(self.up_proj.weight, std=1 / math.sqrt(hidden_dim))
         nn.init.zeros_(self.up_proj.bias)
 
     def forward(self, instance: Tensor) -> Tensor:
-        hidden = torch.tanh(self.down_proj(self.dropout(instance)))    # (B, H)
-        return self.up_proj(hidden).unflatten(-1, (-1, self.rank))     # Eq. (4): (B, rows r) -> (B, rows, r)
+        return self.up_proj(torch.tanh(self.down_proj(self.dropout(instance))))
+
+
+class IDPG(SoftPrompt):
+    """Z = reshape(Head(h)): the whole prompt from the input (Wu et al. 2022, arXiv 2204.04497), no task component.
+
+    tanh as in LoPA's released re-implementation; IDPG's own code has GELU. phm = n > 0 replaces the head's two weight
+    matrices by sums of n Kronecker products.
+    """
+
+    def __init__(self, embed_dim: int, instance_dim: int, num_virtual_tokens: int = 10, hidden_dim: int = 256,
+                 dropout: float = 0.1, phm: int = 0, **unused):
+        super().__init__(**unused)
+        require_positive(embed_dim=embed_dim, instance_dim=instance_dim, num_virtual_tokens=num_virtual_tokens,
+                         hidden_dim=hidden_dim)
+        self.embed_dim = embed_dim
+        self.head = Head(instance_dim, hidden_dim, num_virtual_tokens * embed_dim, dropout)
+        if phm:
+            self.head.down_proj = PHMLinear(instance_dim, hidden_dim, phm)
+            self.head.up_proj = PHMLinear(hidden_dim, num_virtual_tokens * embed_dim, phm)
+
+    def prompt(self, instance: Tensor) -> Tensor:
+        return self.head(instance).unflatten(-1, (-1, self.embed_dim))                 # Eq. (6): (B, m d) -> (B, m, d)
+
+    @staticmethod
+    def count(embed_dim: int, instance_dim: int, num_virtual_tokens: int, hidden_dim: int, phm: int = 0, **unused) -> int:
+        out = num_virtual_tokens * embed_dim
+        weights = instance_dim * hidden_dim + hidden_dim * out
+        if phm:
+            weights = 2 * phm ** 3 + weights // phm
+        return weights + hidden_dim + out                              # N = (d_h H + H) + (H + 1) m d without phm
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 4. LoPA: what the input contributes is of low rank, and gates what the task has learned.
 
 
 class LoPA(SoftPrompt):
     r"""Z = Z_S o sigmoid(U V^T): one prompt per task, gated elementwise by a rank-r matrix per input.
 
-    Trainable: N = m d + 2 (d_h H + H) + r (m + d)(H + 1). Each further virtual token costs d + r (H + 1).
+    Trainable: N = m d + 2 (d_h H + H) + r (m + d)(H + 1). Each further virtual token costs d + r (H + 1), against
+    IDPG's d (H + 1).
 
     fusion: how Z_S and Z_I = U V^T meet. "gate" is LoPA; the others are the released code's ablations, without the
     sigmoid: "add" Z_S + Z_I, "max" elementwise, "concat" [Z_S ; Z_I], which is 2 m tokens long.
@@ -107,29 +209,36 @@ class LoPA(SoftPrompt):
     """
 
     def __init__(self, embed_dim: int, instance_dim: int, num_virtual_tokens: int = 10, rank: int = 4,
-                 hidden_dim: int = 256, dropout: float = 0.1, fusion: str = "gate", init_std: float = 1.0):
-        super().__init__()
+                 hidden_dim: int = 256, dropout: float = 0.1, fusion: str = "gate", init_std: float = 1.0, **unused):
+        super().__init__(**unused)
         require_positive(embed_dim=embed_dim, instance_dim=instance_dim, num_virtual_tokens=num_virtual_tokens,
                          rank=rank, hidden_dim=hidden_dim)
         if fusion not in FUSIONS:
             raise ValueError(f"unknown fusion {fusion!r}: choose one of {', '.join(FUSIONS)}")
-        self.fusion = fusion
+        self.rank, self.fusion = rank, fusion
         self.soft_prompt = nn.Parameter(init_std * torch.randn(num_virtual_tokens, embed_dim))   # Z_S: (m, d)
-        self.u_head = LowRankHead(instance_dim, hidden_dim, num_virtual_tokens, rank, dropout)
-        self.v_head = LowRankHead(instance_dim, hidden_dim, embed_dim, rank, dropout)
+        self.u_head = Head(instance_dim, hidden_dim, num_virtual_tokens * rank, dropout)
+        self.v_head = Head(instance_dim, hidden_dim, embed_dim * rank, dropout)
 
-    def instance_component(self, instance: Tensor) -> Tensor:
-        """h (B, d_h) -> Z_I (B, m, d), of rank at most r for each input."""
-        U = self.u_head(instance)                                      # (B, m, r)
-        V = self.v_head(instance)                                      # (B, d, r)
-        return torch.einsum("bmr,bdr->bmd", U, V)                      # Eq. (5)
+    def factors(self, instance: Tensor) -> tuple[Tensor, Tensor]:
+        """h (B, d_h) -> U (B, m, r), V (B, d, r)."""
+        U = self.u_head(instance).unflatten(-1, (-1, self.rank))       # Eq. (7): (B, m r) -> (B, m, r)
+        V = self.v_head(instance).unflatten(-1, (-1, self.rank))       # Eq. (7): (B, d r) -> (B, d, r)
+        return U, V
 
     def prompt(self, instance: Tensor) -> Tensor:
-        return FUSIONS[self.fusion](self.soft_prompt, self.instance_component(instance))
+        U, V = self.factors(instance)
+        Z_I = torch.einsum("bmr,bdr->bmd", U, V)                       # Eq. (8): (B, m, r), (B, d, r) -> (B, m, d)
+        return FUSIONS[self.fusion](self.soft_prompt, Z_I)
+
+    @staticmethod
+    def count(embed_dim: int, instance_dim: int, num_virtual_tokens: int, rank: int, hidden_dim: int, **unused) -> int:
+        m, d, d_h, H, r = num_virtual_tokens, embed_dim, instance_dim, hidden_dim, rank
+        return m * d + 2 * (d_h * H + H) + r * (m + d) * (H + 1)
 
 
 def gate(Z_S: Tensor, Z_I: Tensor) -> Tensor:
-    return Z_S * torch.sigmoid(Z_I)                                    # Eq. (6): (m, d) * (B, m, d) -> (B, m, d)
+    return Z_S * torch.sigmoid(Z_I)                                    # Eq. (9): (m, d) * (B, m, d) -> (B, m, d)
 
 
 FUSIONS = {
@@ -139,7 +248,110 @@ FUSIONS = {
     "max": torch.maximum,                                              # (B, m, d)
 }
 
-METHODS = {"lopa": LoPA, "pt": PromptTuning}
+
+# ---------------------------------------------------------------------------------------------------------------
+# 5. Relatives that also move the embedded text, by a low-rank offset
+
+
+class DePT(PromptTuning):
+    """[P ; X_e + s A B]: a short prompt, and one offset per position (Shi, Lipani 2024, arXiv 2309.05173).
+
+    A (n, r) with n = max_length, B (r, d) = 0 at the start, s = alpha / sqrt(r), alpha = 8.
+    """
+
+    def __init__(self, embed_dim: int, num_virtual_tokens: int = 10, rank: int = 4, max_length: int = 128, **unused):
+        super().__init__(embed_dim, num_virtual_tokens, **unused)
+        require_positive(rank=rank, max_length=max_length)
+        self.scale = 8 / math.sqrt(rank)
+        self.A = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(max_length, rank), a=math.sqrt(5)))
+        self.B = nn.Parameter(torch.zeros(rank, embed_dim))
+
+    def forward(self, token_embeds: Tensor, instance: Tensor) -> Tensor:
+        T, n = token_embeds.shape[1], len(self.A)
+        if T > n:
+            raise ValueError(f"text of {T} tokens > max_length {n}, which DePT has offsets for: raise max_length")
+        offset = self.scale * (self.A[:T] @ self.B)                    # Eq. (10): (T, r)(r, d) -> (T, d)
+        return super().forward(token_embeds + offset.to(token_embeds.dtype), instance)
+
+    @staticmethod
+    def count(embed_dim: int, num_virtual_tokens: int, rank: int, max_length: int, **unused) -> int:
+        return num_virtual_tokens * embed_dim + (max_length + embed_dim) * rank
+
+
+class ADePT(PromptTuning):
+    """[P ; X_e + ReLU(X_e A + a) B + b]: the offset follows the token instead of its position (Tang et al. 2025).
+
+    A (d, r), a (r,) = 0, B (r, d) = 0, b (d,) = 0 at the start.
+    """
+
+    def __init__(self, embed_dim: int, num_virtual_tokens: int = 10, rank: int = 4, **unused):
+        super().__init__(embed_dim, num_virtual_tokens, **unused)
+        require_positive(rank=rank)
+        self.down_proj = nn.Linear(embed_dim, rank)                    # A, a
+        self.up_proj = nn.Linear(rank, embed_dim)                      # B, b
+        for zero in (self.down_proj.bias, self.up_proj.weight, self.up_proj.bias):
+            nn.init.zeros_(zero)
+
+    def forward(self, token_embeds: Tensor, instance: Tensor) -> Tensor:
+        offset = self.up_proj(F.relu(self.down_proj(token_embeds.to(self.down_proj.weight.dtype))))    # Eq. (11): (B, T, d)
+        return super().forward(token_embeds + offset.to(token_embeds.dtype), instance)
+
+    @staticmethod
+    def count(embed_dim: int, num_virtual_tokens: int, rank: int, **unused) -> int:
+        return num_virtual_tokens * embed_dim + 2 * embed_dim * rank + rank + embed_dim
+
+
+METHODS = {"lopa": LoPA, "pt": PromptTuning, "dpt": DecomposedPromptTuning, "bpt": BilinearPromptTuning,
+           "residual": ResidualPromptTuning, "idpg": IDPG, "dept": DePT, "adept": ADePT}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 6. The yardstick that lives in the model: LoRA. (Full fine-tuning needs no code: it trains every weight.)
+
+
+class LoRALinear(nn.Module):
+    """W_0 x + (alpha / r) B A x around a frozen linear layer (Hu et al. 2021, arXiv 2106.09685); alpha = 2 r.
+
+    `parts`: how many matrices the layer's output stacks, 3 for GPT-2's query, key and value; each gets its own A (r, in)
+    and B (out / parts, r), B = 0 at the start. Trainable: 2 d r for each square matrix.
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int, parts: int = 3):
+        super().__init__()
+        require_positive(rank=rank)
+        out_features, in_features = linear.weight.shape
+        self.linear = linear.requires_grad_(False)
+        self.A = nn.Parameter(torch.empty(parts, rank, in_features).uniform_(-1, 1) / math.sqrt(in_features))
+        self.B = nn.Parameter(torch.zeros(parts, out_features // parts, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = torch.einsum("pri,...i->...pr", self.A, x)               # (..., parts, r)
+        update = 2 * torch.einsum("por,...pr->...po", self.B, low)     # Eq. (12): (..., parts, out / parts)
+        return self.linear(x) + update.flatten(-2)
+
+    def merged(self) -> nn.Linear:
+        """The same map as one plain linear layer: after training, LoRA costs nothing more."""
+        linear = copy.deepcopy(self.linear)
+        linear.weight.data += 2 * (self.B @ self.A).flatten(0, 1)      # (parts, out / parts, in) -> (out, in)
+        return linear
+
+
+def add_lora(model: nn.Module, rank: int, layer: str = "c_attn") -> nn.Module:
+    """Freeze `model` and wrap each of its submodules called `layer`, in place; returns the model."""
+    model.requires_grad_(False)
+    for module in list(model.modules()):
+        if hasattr(module, layer):
+            setattr(module, layer, LoRALinear(getattr(module, layer), rank))
+    return model
+
+
+def merge_lora(model: nn.Module) -> nn.Module:
+    """Replace every LoRALinear by its merged plain layer, in place; returns the model."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, LoRALinear):
+                setattr(module, name, child.merged())
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -37,12 +37,17 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, at: Tensor | None = None) -> Tensor:
+        """x (B, T, d) -> (B, T, d); with positions `at` (B,), what attention gives there alone, (B, 1, d)."""
         B, T, d = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)
         # Causal, and padding stands on the right: no real token can see it, so no other mask is needed.
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=True)   # (B, n_head, T, d / n_head)
-        return self.c_proj(x.transpose(1, 2).reshape(B, T, d))
+        mask = None
+        if at is not None:
+            q = q[torch.arange(B), :, at, None]                        # (B, n_head, 1, d / n_head)
+            mask = (torch.arange(T, device=x.device) <= at[:, None])[:, None, None]      # (B, 1, 1, T)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=at is None)
+        return self.c_proj(x.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -63,8 +68,12 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: Tensor, at: Tensor | None = None) -> Tensor:
+        """x (B, T, d) -> (B, T, d); with positions `at` (B,), the states there alone, (B, 1, d)."""
+        attended = self.attn(self.ln_1(x), at)
+        if at is not None:
+            x = x[torch.arange(len(x)), at, None]                      # (B, 1, d)
+        x = x + attended
         return x + self.mlp(self.ln_2(x))
 
 
@@ -103,6 +112,14 @@ class GPT(nn.Module):
         for block in self.h[:num_blocks]:
             x = block(x)
         return self.ln_f(x) if num_blocks is None else x
+
+    def hidden_at(self, inputs_embeds: Tensor, positions: Tensor) -> Tensor:
+        """The same as `hidden(...)` at one position per row, (B, T, d), (B,) -> (B, d), for less work.
+
+        The last block's states elsewhere are seen by nobody, so its MLP, its largest part, runs on B tokens, not B T.
+        """
+        x = self.hidden(inputs_embeds, num_blocks=len(self.h) - 1)     # (B, T, d)
+        return self.ln_f(self.h[-1](x, at=positions)[:, 0])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., d) -> next-token logits (..., vocab_size), through the tied embedding table."""

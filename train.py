@@ -110,8 +110,7 @@ def label_logits(gpt: GPT, prompt: SoftPrompt | None, tokens: Tensor, lengths: T
     if prompt is not None:
         inputs_embeds = prompt(inputs_embeds, instance)                                # (B, m + T, d)
     m = inputs_embeds.shape[1] - tokens.shape[1]
-    hidden = gpt.hidden(inputs_embeds)                                                 # (B, m + T, d)
-    last = hidden[torch.arange(len(tokens), device=tokens.device), m + lengths - 1]    # (B, d)
+    last = gpt.hidden_at(inputs_embeds, m + lengths - 1)                               # (B, d)
     return gpt.logits(last)[:, label_ids]                                              # (B, labels)
 
 

@@ -62,6 +62,17 @@ def test_the_three_parts_make_the_whole_and_logits_can_be_taken_anywhere(gpt):
     assert torch.allclose(gpt(tokens)[:, 4], gpt.logits(hidden[:, 4]), atol=1e-12)
 
 
+def test_the_states_at_one_position_are_those_of_the_whole_forward_pass(gpt):
+    tokens, lengths = tokens_of(4, 7, 1, 9, pad_to=12)
+    inputs_embeds = gpt.embed(tokens).requires_grad_()
+    whole = gpt.hidden(inputs_embeds)[torch.arange(4), lengths - 1]
+    alone = gpt.hidden_at(inputs_embeds, lengths - 1)
+    assert torch.allclose(alone, whole, atol=1e-12)
+    direction = torch.randn(4, 12, dtype=torch.float64)
+    gradients = [torch.autograd.grad((states * direction).sum(), inputs_embeds)[0] for states in (whole, alone)]
+    assert torch.allclose(*gradients, atol=1e-12)
+
+
 def test_the_model_is_causal(gpt):
     tokens, _ = tokens_of(10)
     changed = tokens.clone()
