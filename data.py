@@ -212,6 +212,9 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __getitem__(self, rows: slice) -> "Encoded":
+        return replace(self, tokens=self.tokens[rows], lengths=self.lengths[rows], labels=self.labels[rows])
+
     def to(self, device: str) -> "Encoded":
         return replace(self, tokens=self.tokens.to(device), lengths=self.lengths.to(device), labels=self.labels.to(device))
 

@@ -41,7 +41,7 @@ class SoftPrompt(nn.Module):
     """
 
     def __init__(self, instance_dim: int = 0, rank: int = 0, hidden_dim: int = 0, dropout: float = 0.0,
-                 init_std: float = 0.0, max_length: int = 0):
+                 init_std: float = 0.0, max_length: int = 0, fusion: str = "", phm: int = 0):
         super().__init__()
 
     def prompt(self, instance: Tensor) -> Tensor:

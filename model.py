@@ -147,13 +147,13 @@ class InstanceEncoder(nn.Module):
     def __init__(self, gpt: GPT):
         super().__init__()
         self.gpt = gpt.requires_grad_(False).eval()
+        self.num_blocks = (gpt.config.n_layer + 1) // 2
         self.register_buffer("mean", torch.zeros(gpt.config.n_embd))
         self.register_buffer("std", torch.ones(gpt.config.n_embd))
 
-    @torch.no_grad()
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Tokens (B, T), right-padded, and lengths (B,) -> h (B, d_h)."""
-        hidden = self.gpt.hidden(self.gpt.embed(tokens), num_blocks=(self.gpt.config.n_layer + 1) // 2)    # (B, T, d)
+        hidden = self.gpt.hidden(self.gpt.embed(tokens), num_blocks=self.num_blocks)             # (B, T, d)
         hidden = F.layer_norm(hidden, hidden.shape[-1:])               # no token outweighs the others
         real = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]                      # (B, T)
         mean = (hidden * real[..., None]).sum(dim=1) / lengths[:, None]                                    # (B, d)

@@ -1,21 +1,27 @@
-"""Train a soft prompt for a frozen GPT, score it, and use it.
+"""Train a soft prompt for a frozen GPT, score it, use it, and compare it with its relatives.
 
-    python train.py --task sst2                            LoPA on the built-in sample, about a minute the first time
+    python train.py --task sst2                            LoPA on the built-in sample, about half a minute
     python train.py --task sst2 --method pt                prompt tuning, to compare
     python train.py --task sst2 --data DIR                 real GLUE files: DIR/SST-2/train.tsv and dev.tsv
     python train.py --adapter runs/sst2-lopa-tiny-seed0 --predict "a gorgeous , witty film"
+    python train.py --task sst2 --compare                  every method, five seeds, one table
+    python train.py --task sst2 --ablate                   LoPA with one thing changed at a time, five seeds
 
-The language model is never changed. What is trained, and all that is saved, is the soft prompt of lopa.py.
+The language model is never changed. What is trained, and all that is saved, is the soft prompt of lopa.py (but for the
+two yardsticks: lora adds to the model's weights, full trains all of them).
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import math
 import os
+import statistics
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,13 +30,23 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import data
-from lopa import FUSIONS, METHODS, SoftPrompt, get_nb_trainable_parameters
+from lopa import FUSIONS, METHODS, add_lora, get_nb_trainable_parameters
 from model import GPT, GPTConfig, InstanceEncoder
 
 ADAPTER_FORMAT = 1
 
+# Learning rates to try, three for each method; the middle one is the default. `--compare` chooses among them on a slice
+# of the training split.
+LEARNING_RATES = {
+    "lopa": (1e-3, 3e-3, 1e-2), "idpg": (1e-3, 3e-3, 1e-2), "residual": (1e-3, 3e-3, 1e-2),
+    "pt": (3e-2, 1e-1, 3e-1), "dpt": (1e-2, 3e-2, 1e-1), "bpt": (1e-2, 3e-2, 1e-1),
+    "dept": (1e-2, 3e-2, 1e-1), "adept": (1e-2, 3e-2, 1e-1), "lora": (1e-3, 3e-3, 1e-2), "full": (3e-4, 1e-3, 3e-3),
+}
+
 # ---------------------------------------------------------------------------------------------------------------
 # 1. The tiny GPT: pre-trained on the sample's text at first use, then kept under .cache/
+
+PRETRAINING = dict(steps=500, batch_size=48, window=64, lr=4e-3, warmup_steps=50, documents=20_000)
 
 
 def tiny_config(vocab_size: int) -> GPTConfig:
@@ -38,42 +54,7 @@ def tiny_config(vocab_size: int) -> GPTConfig:
     return GPTConfig(vocab_size, n_positions=128, n_embd=64, n_layer=2, n_head=4, initializer_range=0.08)
 
 
-PRETRAINING = dict(steps=500, batch_size=48, window=64, lr=4e-3, warmup_steps=50, documents=20_000)
-
-
-def cosine_schedule(optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int):
-    """Learning-rate factor: linear from 0 to 1 over the warm-up, then half a cosine down to 0."""
-    def factor(step: int) -> float:
-        return min((step + 1) / max(warmup_steps, 1), 0.5 * (1 + math.cos(math.pi * step / total_steps)))
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def pretrain(config: GPTConfig, token_ids: Tensor, document_starts: Tensor, seed: int, device: str) -> GPT:
-    """An ordinary language model: predict each next token, in windows that begin where a document begins."""
-    recipe = PRETRAINING
-    torch.manual_seed(seed)
-    gpt = GPT(config).to(device)
-    optimizer = torch.optim.AdamW(gpt.parameters(), lr=recipe["lr"], weight_decay=0.01)
-    schedule = cosine_schedule(optimizer, recipe["warmup_steps"], recipe["steps"])
-    order = torch.Generator().manual_seed(seed)
-    window = torch.arange(recipe["window"] + 1)
-    starts = document_starts[document_starts + len(window) <= len(token_ids)]
-    progress = tqdm(range(recipe["steps"]), desc="pre-training the tiny GPT, once", disable=None)
-    for _ in progress:
-        picked = starts[torch.randint(len(starts), (recipe["batch_size"], 1), generator=order)]   # (B, 1)
-        batch = token_ids[picked + window].to(device)                                  # (B, window + 1)
-        logits = gpt(batch[:, :-1])                                                    # (B, window, vocab_size)
-        loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        progress.set_postfix(loss=f"{loss.item():.2f}")
-    return gpt
-
-
-def tiny_gpt(seed: int, cache_dir: str | Path, device: str) -> tuple[GPT, "data.tiktoken.Encoding", float]:
+def tiny_gpt(seed: int, cache_dir: str | Path, device: str) -> tuple[GPT, data.tiktoken.Encoding, float]:
     """(tiny GPT, its tokenizer, seconds of pre-training, 0 if it came from the cache).
 
     The cache file is named after all it was made from: the very tokens, the sizes, the recipe and the seed.
@@ -95,23 +76,82 @@ def tiny_gpt(seed: int, cache_dir: str | Path, device: str) -> tuple[GPT, "data.
     return gpt, tokenizer, time.time() - began
 
 
+def pretrain(config: GPTConfig, token_ids: Tensor, document_starts: Tensor, seed: int, device: str) -> GPT:
+    """An ordinary language model: predict each next token, in windows that begin where a document begins."""
+    recipe = PRETRAINING
+    torch.manual_seed(seed)
+    gpt = GPT(config).to(device)
+    optimizer = torch.optim.AdamW(gpt.parameters(), lr=recipe["lr"], weight_decay=0.01)
+    schedule = cosine_schedule(optimizer, recipe["warmup_steps"], recipe["steps"])
+    order = torch.Generator().manual_seed(seed)
+    window = torch.arange(recipe["window"] + 1)
+    starts = document_starts[document_starts + len(window) <= len(token_ids)]
+    progress = tqdm(range(recipe["steps"]), desc="pre-training the tiny GPT, once", disable=None)
+    for _ in progress:
+        picked = starts[torch.randint(len(starts), (recipe["batch_size"], 1), generator=order)]    # (B, 1)
+        batch = token_ids[picked + window].to(device)                  # (B, window + 1)
+        logits = gpt(batch[:, :-1])                                    # (B, window, vocab_size)
+        loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        progress.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+    return gpt
+
+
+def cosine_schedule(optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int):
+    """Learning-rate factor: linear from 0 to 1 over the warm-up, then half a cosine down to 0."""
+    def factor(step: int) -> float:
+        return min((step + 1) / max(warmup_steps, 1), 0.5 * (1 + math.cos(math.pi * step / total_steps)))
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
 # ---------------------------------------------------------------------------------------------------------------
-# 2. From text to the scores of the label words
+# 2. The model with one method on it: from text to the scores of the label words
 
 
-def label_logits(gpt: GPT, prompt: SoftPrompt | None, tokens: Tensor, lengths: Tensor, instance: Tensor,
-                 label_ids: Tensor) -> Tensor:
-    """Tokens (B, T), lengths (B,), h (B, d_h) -> logits of the label words at the last real token, (B, labels).
+class Adapted(nn.Module):
+    """A frozen GPT with one method on it. What requires a gradient is what is trained, saved and counted.
 
-    Logits are computed where a target stands and nowhere else: at B positions instead of B (m + T).
-    `prompt=None` is the model without a prompt, that is zero-shot.
+    method: a key of lopa.METHODS, or "lora", "full" or "none" (zero-shot). `sizes` are the method's keywords. LoRA, full
+    fine-tuning and a tuned encoder work on copies, so `gpt` and `encoder` themselves never change.
     """
-    inputs_embeds = gpt.embed(tokens)                                                  # (B, T, d)
-    if prompt is not None:
-        inputs_embeds = prompt(inputs_embeds, instance)                                # (B, m + T, d)
-    m = inputs_embeds.shape[1] - tokens.shape[1]
-    last = gpt.hidden_at(inputs_embeds, m + lengths - 1)                               # (B, d)
-    return gpt.logits(last)[:, label_ids]                                              # (B, labels)
+
+    def __init__(self, gpt: GPT, encoder: InstanceEncoder, label_ids: Tensor, method: str,
+                 tune_encoder: bool = False, **sizes):
+        super().__init__()
+        self.gpt, self.label_ids, self.prompt, self.encoder = gpt, label_ids, None, None
+        if method in METHODS:
+            self.prompt = METHODS[method](embed_dim=gpt.config.n_embd, instance_dim=len(encoder.mean),
+                                          max_length=gpt.config.n_positions, **sizes)
+        elif method == "lora":
+            self.gpt = add_lora(copy.deepcopy(gpt), sizes["rank"])
+        elif method == "full":
+            self.gpt = copy.deepcopy(gpt).requires_grad_(True)
+        if tune_encoder:
+            self.encoder = copy.deepcopy(encoder).requires_grad_(True)
+            self.encoder.gpt.h = self.encoder.gpt.h[:encoder.num_blocks]       # drop what h never sees
+            self.encoder.gpt.ln_f = nn.Identity()
+        self.to(label_ids.device)
+
+    def forward(self, tokens: Tensor, lengths: Tensor, instance: Tensor) -> Tensor:
+        """Tokens (B, T), lengths (B,), h (B, d_h) -> logits of the label words at the last real token, (B, labels).
+
+        Logits are computed where a target stands and nowhere else: at B positions instead of B (m + T).
+        """
+        if self.encoder is not None:
+            instance = self.encoder(tokens, lengths)
+        inputs_embeds = self.gpt.embed(tokens)                         # (B, T, d)
+        if self.prompt is not None:
+            inputs_embeds = self.prompt(inputs_embeds, instance)       # (B, m + T, d)
+        m = inputs_embeds.shape[1] - tokens.shape[1]
+        last = self.gpt.hidden_at(inputs_embeds, m + lengths - 1)      # (B, d)
+        return self.gpt.logits(last)[:, self.label_ids]
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
 
 def batches(split: data.Encoded, indices: Tensor, batch_size: int):
@@ -122,13 +162,18 @@ def batches(split: data.Encoded, indices: Tensor, batch_size: int):
 
 
 @torch.no_grad()
-def predict(gpt: GPT, prompt: SoftPrompt | None, split: data.Encoded, instances: Tensor, label_ids: Tensor) -> Tensor:
-    """Probabilities of the labels for every row, (N, labels)."""
-    if prompt is not None:
-        prompt.eval()
+def instance_embeddings(encoder: InstanceEncoder, split: data.Encoded) -> Tensor:
+    """h for every row, (N, d_h): computed once, since the encoder is frozen and h never changes."""
     everything = torch.arange(len(split), device=split.labels.device)
-    logits = [label_logits(gpt, prompt, tokens, lengths, instances[batch], label_ids)
-              for batch, tokens, lengths, _ in batches(split, everything, 256)]
+    return torch.cat([encoder(tokens, lengths) for _, tokens, lengths, _ in batches(split, everything, 256)])
+
+
+@torch.no_grad()
+def predict(model: Adapted, split: data.Encoded, instances: Tensor) -> Tensor:
+    """Probabilities of the labels for every row, (N, labels)."""
+    model.eval()
+    everything = torch.arange(len(split), device=split.labels.device)
+    logits = [model(tokens, lengths, instances[batch]) for batch, tokens, lengths, _ in batches(split, everything, 256)]
     return torch.cat(logits).float().softmax(dim=-1)
 
 
@@ -146,42 +191,105 @@ def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor) -> Tensor:
     return with_bias(test) @ torch.linalg.solve(X.T @ X + ridge, X.T @ Y)
 
 
-@torch.no_grad()
-def instance_embeddings(encoder: InstanceEncoder, split: data.Encoded) -> Tensor:
-    """h for every row, (N, d_h): computed once, since the encoder is frozen and h never changes."""
-    everything = torch.arange(len(split), device=split.labels.device)
-    return torch.cat([encoder(tokens, lengths) for _, tokens, lengths, _ in batches(split, everything, 256)])
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # 3. Training
 
 
-def train_epochs(gpt: GPT, prompt: SoftPrompt, split: data.Encoded, instances: Tensor, label_ids: Tensor, *,
-                 epochs: int, batch_size: int, lr: float, seed: int):
-    """Train `prompt` in place with AdamW, warm-up and cosine decay; yields the mean loss after each epoch.
+@dataclass
+class Problem:
+    """All that the methods share, computed once: the frozen model, the encoded splits and their instance embeddings."""
+
+    gpt: GPT
+    encoder: InstanceEncoder
+    tokenizer: data.tiktoken.Encoding
+    label_ids: Tensor
+    train: data.Encoded
+    test: data.Encoded
+    train_instances: Tensor              # h, (N, d_h)
+    test_instances: Tensor
+    source: str                          # which data this is
+    test_name: str = "dev"
+    pretrain_seconds: float = 0.0
+
+    def hold_out(self, count: int) -> "Problem":
+        """The last `count` training rows as the rows to score, the others to train on; dev is not in it."""
+        if count >= len(self.train):
+            raise ValueError(f"--holdout {count} leaves nothing of {len(self.train)} training rows: lower it")
+        return replace(self, train=self.train[:-count], train_instances=self.train_instances[:-count],
+                       test=self.train[-count:], test_instances=self.train_instances[-count:],
+                       test_name="held-out training rows")
+
+    def shuffled(self, seed: int) -> "Problem":
+        """The control: every text gets the instance embedding of some other text."""
+        order = torch.Generator().manual_seed(seed)
+        train, test = (h[torch.randperm(len(h), generator=order).to(h.device)]
+                       for h in (self.train_instances, self.test_instances))
+        return replace(self, train_instances=train, test_instances=test)
+
+    def baselines(self) -> dict[str, float]:
+        zero_shot = Adapted(self.gpt, self.encoder, self.label_ids, "none")
+        majority_label = self.train.labels.bincount().argmax()
+        probe = linear_probe(self.train_instances, self.train.labels, self.test_instances)
+        return dict(majority=(self.test.labels == majority_label).float().mean().item(),
+                    zero_shot=accuracy(predict(zero_shot, self.test, self.test_instances), self.test.labels),
+                    linear_probe=accuracy(probe, self.test.labels))
+
+
+def text_room(gpt: GPT, num_virtual_tokens: int, fusion: str) -> int:
+    """How many tokens of text fit into the context behind the prompt. Raises ValueError if none do."""
+    context, m = gpt.config.n_positions, num_virtual_tokens * (2 if fusion == "concat" else 1)
+    if m >= context:
+        raise ValueError(f"{m} prompt tokens leave no room for text in a context of {context}: lower --num-virtual-tokens")
+    return context - m
+
+
+def prepare(args: argparse.Namespace) -> Problem:
+    """Read the data, load or pre-train the model, encode the texts, compute the instance embeddings."""
+    task = data.TASKS[args.task]
+    train_rows, dev_rows, source = data.load_task(args.task, args.data, args.max_train)
+    gpt, tokenizer, pretrain_seconds = tiny_gpt(args.pretrain_seed, args.cache, args.device)
+    label_ids = data.label_tokens(task, tokenizer).to(args.device)
+    room = text_room(gpt, max(args.num_virtual_tokens, 25 if args.ablate else 0), "concat" if args.ablate else args.fusion)
+    train, dev = (data.encode(task, rows, tokenizer, room).to(args.device) for rows in (train_rows, dev_rows))
+    encoder = InstanceEncoder(gpt)                                     # freezes the GPT
+    train_instances = encoder.fit(instance_embeddings(encoder, train))
+    problem = Problem(gpt, encoder, tokenizer, label_ids, train, dev, train_instances, instance_embeddings(encoder, dev),
+                      source, pretrain_seconds=pretrain_seconds)
+    print(f"task {args.task}: {source}, {len(train)} training rows, {len(dev)} dev rows")
+    if cut := train.num_cut + dev.num_cut:
+        print(f"{cut} of {len(train) + len(dev)} texts were cut to {room} tokens, to fit the context of "
+              f"{gpt.config.n_positions} together with the prompt")
+    if args.data:
+        print("note: the tiny GPT has read a few thousand synthetic sentences and nothing else, so real text is beyond "
+              "it whatever the prompt; real text needs a model pre-trained on real text, such as GPT-2")
+    return problem.hold_out(args.holdout) if args.holdout else problem
+
+
+def train_epochs(model: Adapted, split: data.Encoded, instances: Tensor, *, epochs: int, batch_size: int, lr: float,
+                 seed: int) -> Iterator[float]:
+    """Train what requires a gradient, in place, with AdamW, warm-up and cosine decay; yields each epoch's mean loss.
 
     Raises FloatingPointError, naming step and learning rate, at the first loss that is not finite.
     """
-    optimizer = torch.optim.AdamW(prompt.parameters(), lr=lr, weight_decay=0.0)
-    steps_per_epoch = math.ceil(len(split) / batch_size)
-    total_steps = epochs * steps_per_epoch
+    parameters = list(model.trained().values())
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    total_steps = epochs * math.ceil(len(split) / batch_size)
     schedule = cosine_schedule(optimizer, int(0.06 * total_steps), total_steps)
-    order = torch.Generator().manual_seed(seed)                                        # of the data alone
+    order = torch.Generator().manual_seed(seed)                        # of the data alone
     progress = tqdm(total=total_steps, desc="training", disable=None, leave=False)
     for _ in range(epochs):
-        prompt.train()
+        model.train()
         total_loss = 0.0
         shuffled = torch.randperm(len(split), generator=order).to(split.labels.device)
         for batch, tokens, lengths, labels in batches(split, shuffled, batch_size):
-            logits = label_logits(gpt, prompt, tokens, lengths, instances[batch], label_ids)
-            loss = F.cross_entropy(logits.float(), labels)                             # over the label words alone
+            logits = model(tokens, lengths, instances[batch])          # (B, labels)
+            loss = F.cross_entropy(logits.float(), labels)             # over the label words alone
             if not math.isfinite(loss_value := loss.item()):
                 raise FloatingPointError(f"loss is {loss_value} at step {progress.n + 1} of {total_steps}, learning rate "
                                          f"{schedule.get_last_lr()[0]:.2e}: lower --lr")
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(prompt.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
             total_loss += loss_value * len(batch)
@@ -189,6 +297,27 @@ def train_epochs(gpt: GPT, prompt: SoftPrompt, split: data.Encoded, instances: T
             progress.set_postfix(loss=f"{loss_value:.3f}", refresh=False)
         yield total_loss / len(split)
     progress.close()
+
+
+# What tells one run from another on the same problem: what is built, and how it is trained.
+MODEL_OPTIONS = ("method", "num_virtual_tokens", "rank", "hidden_dim", "dropout", "fusion", "init_std", "phm", "tune_encoder")
+TRAINING_OPTIONS = ("lr", "epochs", "batch_size", "seed")
+
+
+def build(problem: Problem, options: dict) -> Adapted:
+    torch.manual_seed(options["seed"])
+    return Adapted(problem.gpt, problem.encoder, problem.label_ids, **{name: options[name] for name in MODEL_OPTIONS})
+
+
+def fit(model: Adapted, problem: Problem, options: dict) -> Iterator[dict]:
+    """Train `model` in place; yields dict(epoch, loss, accuracy, seconds) after every epoch."""
+    if options["shuffle_instances"]:
+        problem = problem.shuffled(options["seed"])
+    began = time.time()
+    losses = train_epochs(model, problem.train, problem.train_instances, **{name: options[name] for name in TRAINING_OPTIONS})
+    for epoch, loss in enumerate(losses, start=1):
+        score = accuracy(predict(model, problem.test, problem.test_instances), problem.test.labels)
+        yield dict(epoch=epoch, loss=loss, accuracy=score, seconds=time.time() - began)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -217,7 +346,7 @@ def load_file(path: Path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:       # torch.load raises half a dozen types for a damaged file
+    except Exception as error:           # torch.load raises half a dozen types for a damaged file
         raise ValueError(f"{path} cannot be read as saved weights ({type(error).__name__}): delete it and run again") from None
 
 
@@ -230,144 +359,91 @@ def load_adapter(folder: str | Path) -> dict:
     return adapter
 
 
-def restore(adapter: dict, gpt: GPT) -> tuple[SoftPrompt, InstanceEncoder]:
-    """Adapter and the GPT it was trained on -> (soft prompt, instance encoder).
+def restore(adapter: dict, gpt: GPT, label_ids: Tensor) -> tuple[Adapted, InstanceEncoder]:
+    """An adapter, and the GPT it was trained on -> (adapted model, instance encoder).
 
     Raises ValueError for another model and for missing, unexpected or misshapen tensors.
     """
     if adapter["fingerprint"] != gpt.fingerprint():
         raise ValueError(f"this adapter was trained on another model ({adapter['fingerprint']}) than the one "
                          f"at hand ({gpt.fingerprint()}): use that model or train again")
-    prompt = METHODS[adapter["method"]](**adapter["prompt_config"])
-    wanted, found = prompt.state_dict(), adapter["prompt"]
+    encoder = InstanceEncoder(gpt)
+    encoder.mean, encoder.std = (adapter[name].to(label_ids.device) for name in ("instance_mean", "instance_std"))
+    model = Adapted(gpt, encoder, label_ids, **adapter["model_options"])
+    wanted, found = model.trained(), adapter["tensors"]
     for name in sorted(wanted.keys() | found.keys()):
         shapes = [list(tensors[name].shape) if name in tensors else None for tensors in (wanted, found)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"adapter tensor {name!r}: the method needs {shapes[0] or 'none'}, "
                              f"the file has {shapes[1] or 'none'}: the file is damaged, train again")
-    prompt.load_state_dict(found)
-    encoder = InstanceEncoder(gpt)
-    encoder.mean, encoder.std = adapter["instance_mean"], adapter["instance_std"]
-    return prompt, encoder
+        wanted[name].data.copy_(found[name])
+    return model, encoder
+
+
+def claim_folder(path: Path, config: dict) -> list[dict]:
+    """The lines that the file of a run holds already, its config first; [config] for a new run.
+
+    Raises ValueError if the folder holds a run of another configuration, which would be overwritten.
+    """
+    if not path.exists():
+        return [config]
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for name in config:
+        if lines[0].get(name) != config[name]:
+            raise ValueError(f"{path.parent} holds another run: {name} is {lines[0].get(name)} there and {config[name]} "
+                             "here: name another folder with --out")
+    return lines
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 5. One run, from the data to the files
-
-# Per method: learning rate and deviation of Z_S at the start, as chosen on a slice of the training split (README.md).
-DEFAULTS = {"lopa": dict(lr=3e-3, init_std=1.0), "pt": dict(lr=1e-1, init_std=1.0)}
+# 5. What the command line can ask for: a run, a prediction, a study
 
 
-def run(args: argparse.Namespace) -> dict:
-    """Train and score one soft prompt as the command line says; returns what result.json holds."""
-    task, out = data.TASKS[args.task], Path(args.out or default_folder(args))
-    train_rows, test_rows, source = data.load_task(args.task, args.data, args.max_train)
-    test_name = "dev"
-    if args.holdout:
-        if args.holdout >= len(train_rows):
-            raise ValueError(f"--holdout {args.holdout} leaves nothing of {len(train_rows)} training rows: lower it")
-        train_rows, test_rows = train_rows[:-args.holdout], train_rows[-args.holdout:]
-        test_name = "held-out training rows"
-    print(f"task {args.task}: {source}, {len(train_rows)} training rows, {len(test_rows)} {test_name}")
+def configs(args: argparse.Namespace, problem: Problem) -> tuple[dict, dict]:
+    """(what the problem is, the options of a run on it): together they say all that a result depends on."""
+    about = dict(task=args.task, data=problem.source, model=args.model, fingerprint=problem.gpt.fingerprint(),
+                 pretrain_seed=args.pretrain_seed, num_train=len(problem.train), num_scored=len(problem.test),
+                 scored_on=problem.test_name, texts_cut=problem.train.num_cut + problem.test.num_cut)
+    return about, {name: getattr(args, name) for name in (*MODEL_OPTIONS, "shuffle_instances", *TRAINING_OPTIONS)}
 
-    gpt, tokenizer, pretrain_seconds = tiny_gpt(args.pretrain_seed, args.cache, args.device)
-    encoder = InstanceEncoder(gpt)                                                     # freezes the GPT
-    label_ids = data.label_tokens(task, tokenizer).to(args.device)
-    torch.manual_seed(args.seed)
-    prompt_config = dict(embed_dim=gpt.config.n_embd, instance_dim=gpt.config.n_embd, rank=args.rank,
-                         num_virtual_tokens=args.num_virtual_tokens, hidden_dim=args.hidden_dim, init_std=args.init_std)
-    if args.method == "lopa":
-        prompt_config |= dict(fusion=args.fusion, dropout=args.dropout)
-    prompt = METHODS[args.method](**prompt_config)
-    prompt_length = prompt.prompt(torch.zeros(1, gpt.config.n_embd)).shape[1]          # 2 m with --fusion concat
-    prompt.to(args.device)
 
-    max_length = gpt.config.n_positions - prompt_length
-    if max_length < 1:
-        raise ValueError(f"{prompt_length} prompt tokens leave no room for text in a context of "
-                         f"{gpt.config.n_positions}: lower --num-virtual-tokens")
-    train_split, test_split = (data.encode(task, rows, tokenizer, max_length).to(args.device)
-                               for rows in (train_rows, test_rows))
-    if num_cut := train_split.num_cut + test_split.num_cut:
-        print(f"{num_cut} of {len(train_rows) + len(test_rows)} texts were cut to fit {prompt_length} prompt + "
-              f"{max_length} text tokens into the context of {gpt.config.n_positions}")
-    if args.data:
-        print("note: the tiny GPT has read a few thousand synthetic sentences and nothing else, so real text is beyond "
-              "it whatever the prompt; real text needs a model pre-trained on real text, such as GPT-2")
-
-    config = dict(task=args.task, data=source, model=args.model, fingerprint=gpt.fingerprint(), method=args.method,
-                  seed=args.seed, pretrain_seed=args.pretrain_seed, num_train=len(train_rows), num_scored=len(test_rows),
-                  scored_on=test_name, texts_cut=num_cut, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr,
-                  shuffled_instances=args.shuffle_instances, **prompt_config)
-    refuse_other_run(out, config)
-    trainable, _ = get_nb_trainable_parameters(prompt)
-    frozen = get_nb_trainable_parameters(gpt)[1]
-    print("config " + ", ".join(f"{name} {value}" for name, value in config.items()))
-    print(f"trainable {trainable:,} of {trainable + frozen:,} parameters; the GPT, {frozen:,}, is frozen, "
-          "and is the instance encoder too")
-
-    raw = instance_embeddings(encoder, train_split)
-    train_instances = encoder.fit(raw)
-    test_instances = instance_embeddings(encoder, test_split)
-    majority_label = train_split.labels.bincount().argmax()
-    before = dict(
-        majority=(test_split.labels == majority_label).float().mean().item(),
-        zero_shot=accuracy(predict(gpt, None, test_split, test_instances, label_ids), test_split.labels),
-        linear_probe=accuracy(linear_probe(train_instances, train_split.labels, test_instances), test_split.labels))
-    print(f"accuracy on {test_name} before training: majority class {before['majority']:.3f}, zero-shot "
+def run(args: argparse.Namespace) -> None:
+    """Train and score one method; leave result.json, metrics.jsonl and adapter.pt in the run folder."""
+    out, problem = Path(args.out or default_folder(args)), prepare(args)
+    about, options = configs(args, problem)
+    claim_folder(out / "metrics.jsonl", about | options)
+    model = build(problem, options)
+    trainable, total = get_nb_trainable_parameters(model)
+    before = problem.baselines()
+    print("config: " + ", ".join(f"{name} {value}" for name, value in (about | options).items()))
+    print(f"trainable: {trainable:,} of {total:,} parameters; the instance encoder is the GPT itself"
+          + (", a copy that is trained too" if args.tune_encoder else ""))
+    print(f"before training, accuracy on {problem.test_name}: majority class {before['majority']:.3f}, zero-shot "
           f"{before['zero_shot']:.3f}, linear probe on the instance embedding {before['linear_probe']:.3f}")
-    if args.shuffle_instances:           # the control: every text gets the embedding of some other text
-        order = torch.Generator().manual_seed(args.seed)
-        train_instances = train_instances[torch.randperm(len(train_instances), generator=order).to(args.device)]
-        test_instances = test_instances[torch.randperm(len(test_instances), generator=order).to(args.device)]
-
-    adapter = dict(format=ADAPTER_FORMAT, task=asdict(task) | {"sample": None}, task_name=args.task, model=args.model,
-                   pretrain_seed=args.pretrain_seed, fingerprint=gpt.fingerprint(), method=args.method,
-                   prompt_config=prompt_config, instance_mean=encoder.mean.cpu(), instance_std=encoder.std.cpu())
-    metrics, began = [config], time.time()
-    losses = train_epochs(gpt, prompt, train_split, train_instances, label_ids, epochs=args.epochs,
-                          batch_size=args.batch_size, lr=args.lr, seed=args.seed)
+    adapter = dict(format=ADAPTER_FORMAT, task_name=args.task, task=asdict(data.TASKS[args.task]) | {"sample": None},
+                   model=args.model, pretrain_seed=args.pretrain_seed, fingerprint=about["fingerprint"],
+                   model_options={name: options[name] for name in MODEL_OPTIONS},
+                   instance_mean=problem.encoder.mean.cpu(), instance_std=problem.encoder.std.cpu())
+    metrics = [about | options]
     try:
-        for epoch, loss in enumerate(losses, start=1):
-            score = accuracy(predict(gpt, prompt, test_split, test_instances, label_ids), test_split.labels)
-            metrics.append(dict(epoch=epoch, loss=loss, accuracy=score, seconds=time.time() - began))
-            print(f"epoch {epoch}/{args.epochs}: loss {loss:.4f}, {test_name} accuracy {score:.3f}, "
-                  f"{metrics[-1]['seconds']:.1f} s", flush=True)
+        for line in fit(model, problem, options):
+            metrics.append(line)
+            print(f"epoch {line['epoch']}/{args.epochs}: loss {line['loss']:.4f}, {problem.test_name} accuracy "
+                  f"{line['accuracy']:.3f}, {line['seconds']:.1f} s", flush=True)
             (out / "result.json").unlink(missing_ok=True)      # of an earlier, equal run: its adapter is gone now
-            save_file(out / "adapter.pt", adapter | {"prompt": {k: v.cpu() for k, v in prompt.state_dict().items()}})
+            tensors = {name: tensor.detach().cpu() for name, tensor in model.trained().items()}
+            save_file(out / "adapter.pt", adapter | {"tensors": tensors})
             save_file(out / "metrics.jsonl", metrics)
     except (KeyboardInterrupt, FloatingPointError) as error:
         kept = f"{out} holds the adapter after epoch {len(metrics) - 1}" if len(metrics) > 1 else "nothing was saved yet"
         raise type(error)(f"{str(error) or 'interrupted'}; {kept}") from None
-    result = config | before | dict(accuracy=score, trainable_parameters=trainable, total_parameters=trainable + frozen,
-                                    train_seconds=time.time() - began, pretrain_seconds=pretrain_seconds,
-                                    torch=torch.__version__, device=args.device)
+    result = about | options | before | dict(
+        accuracy=line["accuracy"], trainable_parameters=trainable, total_parameters=total, train_seconds=line["seconds"],
+        pretrain_seconds=problem.pretrain_seconds, torch=torch.__version__, device=args.device)
     save_file(out / "result.json", result)
     print(f"wrote {out}/adapter.pt, metrics.jsonl and result.json; to use it: "
           f'python train.py --adapter {out} --predict "..."')
-    return result
-
-
-def default_folder(args: argparse.Namespace) -> str:
-    """runs/TASK-METHOD-MODEL-seedN, and what else was asked for, so that different runs get different folders."""
-    name = f"{args.task}-{args.method}-{args.model}-seed{args.seed}"
-    if args.data:
-        name += f"-{Path(args.data).resolve().name}"
-    for flag in args.changed:
-        value = getattr(args, flag)
-        name += f"-{flag.replace('_', '-')}" + ("" if value is True else f"-{value}")
-    return f"runs/{name}"
-
-
-def refuse_other_run(out: Path, config: dict) -> None:
-    """Raise ValueError if the folder holds a run of another configuration, which would be overwritten."""
-    path = out / "metrics.jsonl"
-    if path.exists():
-        held = json.loads(path.read_text().splitlines()[0])
-        for name in config:
-            if held.get(name) != config[name]:
-                raise ValueError(f"{out} holds another run: {name} is {held.get(name)} there and {config[name]} here: "
-                                 "name another folder with --out")
+    print(json.dumps(result))
 
 
 def predict_text(args: argparse.Namespace) -> None:
@@ -379,14 +455,83 @@ def predict_text(args: argparse.Namespace) -> None:
         raise ValueError(f"--predict got {len(texts)} texts, task {adapter['task_name']} takes {len(task.fields)} "
                          f"({', '.join(task.fields)}): separate them with a tab")
     gpt, tokenizer, _ = tiny_gpt(adapter["pretrain_seed"], args.cache, args.device)
-    prompt, encoder = restore(adapter, gpt)
-    prompt.to(args.device), encoder.to(args.device)
-    max_length = gpt.config.n_positions - prompt.prompt(encoder.mean[None]).shape[1]
-    split = data.encode(task, [(dict(zip(task.fields, texts)), 0)], tokenizer, max_length).to(args.device)
-    label_ids = data.label_tokens(task, tokenizer).to(args.device)
-    probabilities = predict(gpt, prompt, split, instance_embeddings(encoder, split), label_ids)[0]
+    model, encoder = restore(adapter, gpt, data.label_tokens(task, tokenizer).to(args.device))
+    options = adapter["model_options"]
+    room = text_room(gpt, options["num_virtual_tokens"], options["fusion"])
+    split = data.encode(task, [(dict(zip(task.fields, texts)), 0)], tokenizer, room).to(args.device)
+    probabilities = predict(model, split, instance_embeddings(encoder, split))[0]
     print("\t".join([task.label_names[probabilities.argmax()],
                      *(f"{name} {p:.3f}" for name, p in zip(task.label_names, probabilities))]))
+
+
+# For `--compare`: what is trained, and with whom it lives when one model serves many users.
+TRAINED = {"pt": "Z_S; user", "dpt": "A, B; user", "bpt": "A, B; user", "residual": "P and an MLP; user",
+           "dept": "P and offsets by position; user", "adept": "P and offsets by token; user",
+           "idpg": "one head on h; user", "lopa": "Z_S and two heads on h; user",
+           "lora": "updates of q, k, v; server", "full": "every weight; server"}
+
+# For `--ablate`: (name, what is changed, learning rates to try).
+ABLATIONS = [("as it is", {}), ("rank 1", dict(rank=1)), ("rank 2", dict(rank=2)), ("rank 8", dict(rank=8)),
+             ("5 virtual tokens", dict(num_virtual_tokens=5)), ("25 virtual tokens", dict(num_virtual_tokens=25)),
+             ("concat instead of the gate", dict(fusion="concat")), ("add instead of the gate", dict(fusion="add")),
+             ("max instead of the gate", dict(fusion="max")), ("the encoder tuned too", dict(tune_encoder=True)),
+             ("instance embeddings shuffled", dict(shuffle_instances=True))]
+
+
+def study(args: argparse.Namespace) -> None:
+    """`--compare` or `--ablate`: each entry with the learning rate that is best on held-out training rows, then several
+    seeds, the last epoch scored on dev. Every finished run is a line of a file, and is not run again."""
+    out, problem = Path(args.out or default_folder(args)), prepare(args)
+    about, options = configs(args, problem)
+    about |= {"options": {name: value for name, value in options.items() if name not in ("method", "lr", "seed")}}
+    lines = claim_folder(out / "runs.jsonl", about)
+
+    def finished(stage: str, problem: Problem, **change) -> dict:
+        wanted = dict(stage=stage, **options | change)
+        for line in lines[1:]:
+            if wanted.items() <= line.items():
+                return line
+        model = build(problem, options | change)
+        *_, last = fit(model, problem, options | change)
+        lines.append(wanted | last | {"trainable_parameters": get_nb_trainable_parameters(model)[0]})
+        save_file(out / "runs.jsonl", lines)
+        print(f"  {stage} {len(lines) - 1}: {change}, accuracy {last['accuracy']:.3f}, {last['seconds']:.1f} s", flush=True)
+        return lines[-1]
+
+    held_out = problem.hold_out(len(problem.train) // 5)               # a fifth of the training split; dev stays unseen
+    entries = ([(method, TRAINED[method], dict(method=method)) for method in args.methods] if args.compare
+               else [(name, "", change) for name, change in ABLATIONS])
+    rows = []
+    for name, trained, change in entries:
+        trials = [finished("trial", held_out, **change, lr=lr, seed=0) for lr in LEARNING_RATES[change.get("method", "lopa")]]
+        lr = max(trials, key=lambda trial: trial["accuracy"])["lr"]
+        runs = [finished("seed", problem, **change, lr=lr, seed=seed) for seed in args.seeds]
+        scores = [run["accuracy"] for run in runs]
+        spread = f" ± {statistics.stdev(scores):.3f}" if len(scores) > 1 else ""
+        rows.append([name, trained, f"{runs[0]['trainable_parameters']:,}", f"{statistics.mean(scores):.3f}{spread}",
+                     f"{lr:g}", f"{statistics.mean(run['seconds'] for run in runs):.1f}"])
+        print(f"{name}: {rows[-1][3]}", flush=True)
+    if args.compare:
+        probe_size = (len(problem.encoder.mean) + 1) * len(problem.label_ids)
+        rows += [[name.replace("_", " "), "", f"{probe_size if name == 'linear_probe' else 0}", f"{score:.3f}", "", ""]
+                 for name, score in problem.baselines().items()]
+    header = ["method" if args.compare else "LoPA", "what is trained; it lives with", "trainable",
+              f"{problem.test_name} accuracy", "learning rate", "seconds"]
+    table = "".join(f"| {' | '.join(cells)} |\n" for cells in [header, ["---"] * len(header), *rows])
+    (out / "table.md").write_text(table)
+    print(f"\n{args.task}, {problem.source}, {len(args.seeds)} seeds:\n\n{table}\nwrote {out}/table.md and runs.jsonl")
+
+
+def default_folder(args: argparse.Namespace) -> str:
+    """runs/TASK-METHOD-MODEL-seedN, and what else was asked for, so that different runs get different folders."""
+    kind = "compare" if args.compare else "ablate" if args.ablate else f"{args.method}-{args.model}-seed{args.seed}"
+    name = f"{args.task}-{kind}"
+    if args.data:
+        name += f"-{Path(args.data).resolve().name}"
+    for flag in args.changed:
+        value = getattr(args, flag)
+        name += f"-{flag.replace('_', '-')}" + ("" if value is True else f"-{value}")
+    return f"runs/{name}"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -409,7 +554,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("what to train")
     what.add_argument("--task", choices=data.TASKS, help="an entry of TASKS in data.py")
-    what.add_argument("--method", choices=METHODS, default="lopa", help="a class of lopa.py (default: lopa)")
+    what.add_argument("--method", choices=LEARNING_RATES, default="lopa", metavar="METHOD",
+                      help=f"one of {', '.join(LEARNING_RATES)} (default: lopa)")
     what.add_argument("--model", choices=["tiny"], default="tiny",
                       help="the frozen model; tiny is pre-trained at first use (default: tiny)")
     what.add_argument("--data", metavar="DIR", help="folder of GLUE files instead of the built-in sample")
@@ -420,16 +566,27 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument("--seed", type=int, default=0, help="of the prompt's initial values and the data order (default: 0)")
     how.add_argument("--epochs", type=positive(int), default=10, help="default: 10; the last one is scored")
     how.add_argument("--batch-size", type=positive(int), default=32, help="default: 32")
-    how.add_argument("--lr", type=positive(float), help="peak learning rate (default: " + per_method("lr") + ")")
-    how.add_argument("--init-std", type=positive(float), metavar="STD",
-                     help="deviation of Z_S at the start (default: " + per_method("init_std") + ")")
+    how.add_argument("--lr", type=positive(float), help="peak learning rate (default: the middle one that --compare tries, "
+                     + ", ".join(f"{method} {rates[1]:g}" for method, rates in LEARNING_RATES.items()) + ")")
+    how.add_argument("--init-std", type=positive(float), default=1.0, metavar="STD",
+                     help="deviation of Z_S at the start (default: 1, as in the released code)")
     how.add_argument("--num-virtual-tokens", type=positive(int), default=10, metavar="m", help="default: 10")
     how.add_argument("--rank", type=positive(int), default=4, metavar="r", help="of U and V (default: 4)")
     how.add_argument("--hidden-dim", type=positive(int), default=64, metavar="H", help="of LoPA's heads (default: 64)")
     how.add_argument("--fusion", choices=FUSIONS, default="gate", help="how Z_S and Z_I meet in LoPA (default: gate)")
     how.add_argument("--dropout", type=float, default=0.0, help="on h; the released code has 0.1 (default: 0)")
 
+    how.add_argument("--phm", type=positive(int), default=0, metavar="n", help="IDPG with sums of n Kronecker products")
+    how.add_argument("--tune-encoder", action="store_true",
+                     help="train a copy of the GPT as instance encoder too, as the released GLUE code does by default")
+
     check = parser.add_argument_group("to check a claim")
+    check.add_argument("--compare", action="store_true", help="every method, learning rates chosen, one table")
+    check.add_argument("--ablate", action="store_true", help="LoPA with one thing changed at a time, one table")
+    check.add_argument("--methods", type=lambda text: text.split(","), default=list(TRAINED), metavar="A,B",
+                       help="with --compare: these alone")
+    check.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2, 3, 4],
+                       metavar="0,1", help="with --compare and --ablate (default: 0,1,2,3,4)")
     check.add_argument("--holdout", type=positive(int), metavar="N",
                        help="score on the last N training rows, not trained on, instead of dev: for choosing --lr")
     check.add_argument("--shuffle-instances", action="store_true",
@@ -447,10 +604,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def per_method(name: str) -> str:
-    return ", ".join(f"{method} {values[name]}" for method, values in DEFAULTS.items())
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -460,12 +613,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"name a task: --task {' or '.join(data.TASKS)}")
     if not 0 <= args.dropout < 1:
         parser.error(f"argument --dropout: {args.dropout} is not between 0 and 1")
-    named = {"task", "method", "model", "data", "out", "seed", "predict", "adapter", "device", "cache"}
+    named = {"task", "method", "model", "data", "out", "seed", "predict", "adapter", "device", "cache", "compare", "ablate",
+             "methods", "seeds"}
     args.changed = [name for name, value in vars(args).items()
                     if name not in named and value != parser.get_default(name)]
-    for name, value in DEFAULTS[args.method].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    args.lr = args.lr or LEARNING_RATES[args.method][1]
+    if unknown := set(args.methods) - set(TRAINED):
+        parser.error(f"argument --methods: {', '.join(sorted(unknown))} is none of {', '.join(TRAINED)}")
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if args.device == "auto":
         args.device = next(device for device in ("cuda", "mps", "cpu") if available[device])
@@ -480,8 +634,10 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if args.predict is not None:
             predict_text(args)
+        elif args.compare or args.ablate:
+            study(args)
         else:
-            print(json.dumps(run(args)))
+            run(args)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -58,34 +58,51 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished, tmp
     out, _ = finished
     for name, seed in (("again", 0), ("other", 1)):
         train.main([*QUICK, "--seed", str(seed), "--out", str(tmp_path / name)])
-    first, again, other = (train.load_adapter(folder)["prompt"] for folder in (out, tmp_path / "again", tmp_path / "other"))
+    first, again, other = (train.load_adapter(folder)["tensors"] for folder in (out, tmp_path / "again", tmp_path / "other"))
     assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not torch.equal(first["soft_prompt"], other["soft_prompt"])
+    assert not torch.equal(first["prompt.soft_prompt"], other["prompt.soft_prompt"])
 
 
-def test_a_reloaded_adapter_gives_identical_logits_and_the_reported_accuracy(finished, tiny):
-    out, result = finished
+@pytest.mark.parametrize("flags", ["--method lopa", "--method lora", "--method full", "--method adept", "--tune-encoder",
+                                   "--method idpg --phm 4", "--fusion concat"])
+def test_a_reloaded_adapter_gives_identical_probabilities(tiny, tmp_path, monkeypatch, flags):
     gpt, tokenizer = tiny
-    prompt, encoder = train.restore(train.load_adapter(out), gpt)
-    split = data.encode(data.TASKS["sst2"], data.sst2_sample()[1], tokenizer, 118)
-    ids = data.label_tokens(data.TASKS["sst2"], tokenizer)
-    twice = [train.predict(gpt, prompt, split, train.instance_embeddings(encoder, split), ids) for _ in range(2)]
-    assert torch.equal(*twice)
-    assert train.accuracy(twice[0], split.labels) == result["accuracy"]
+    seen = []
+    monkeypatch.setattr(train, "predict", lambda *a, predict=train.predict: seen.append(predict(*a)) or seen[-1])
+    train.main([*QUICK, "--epochs", "1", *flags.split(), "--out", str(tmp_path)])
+    adapter, task = train.load_adapter(tmp_path), data.TASKS["sst2"]
+    model, encoder = train.restore(adapter, gpt, data.label_tokens(task, tokenizer))
+    split = data.encode(task, data.sst2_sample()[1], tokenizer, 100)
+    assert torch.equal(train.predict(model, split, train.instance_embeddings(encoder, split)), seen[-2])
+    fingerprint = gpt.fingerprint()
+    assert fingerprint == adapter["fingerprint"]       # the model itself has not changed, whatever was trained
 
 
-def test_training_leaves_the_model_as_it_was_and_without_gradients(tiny):
+def problem_of(tiny, rows):
+    """The first `rows` training rows, to train on and to score."""
     gpt, tokenizer = tiny
-    before = {name: tensor.clone() for name, tensor in gpt.state_dict().items()}
-    split = data.encode(data.TASKS["sst2"], data.sst2_sample()[0][:64], tokenizer, 118)
-    encoder = InstanceEncoder(gpt)
+    task, encoder = data.TASKS["sst2"], InstanceEncoder(tiny[0])
+    split = data.encode(task, data.sst2_sample()[0][:rows], tokenizer, 118)
     instances = encoder.fit(train.instance_embeddings(encoder, split))
-    prompt = train.METHODS["lopa"](64, 64)
-    list(train.train_epochs(gpt, prompt, split, instances, data.label_tokens(data.TASKS["sst2"], tokenizer),
-                            epochs=1, batch_size=16, lr=1e-2, seed=0))
-    assert all(p.grad is not None and p.grad.any() for p in prompt.parameters())
-    assert all(p.grad is None for p in gpt.parameters()) and not instances.requires_grad
-    assert all(torch.equal(before[name], tensor) for name, tensor in gpt.state_dict().items())
+    return train.Problem(gpt, encoder, tokenizer, data.label_tokens(task, tokenizer), split, split, instances, instances, "")
+
+
+def options_of(*flags):
+    args = train.parse_args(["--task", "sst2", *flags])
+    return {name: getattr(args, name) for name in (*train.MODEL_OPTIONS, "shuffle_instances", *train.TRAINING_OPTIONS)}
+
+
+@pytest.mark.parametrize("flags", ["--method lopa", "--method pt", "--method lora", "--method full", "--tune-encoder"])
+def test_training_leaves_the_model_as_it_was_and_without_gradients(tiny, flags):
+    problem, options = problem_of(tiny, 64), options_of("--epochs", "1", "--batch-size", "16", *flags.split())
+    before = {name: tensor.clone() for name, tensor in problem.gpt.state_dict().items()}
+    model = train.build(problem, options)
+    start = {name: p.detach().clone() for name, p in model.trained().items()}
+    list(train.fit(model, problem, options))
+    unmoved = [name for name, p in model.trained().items() if torch.equal(p, start[name])]
+    assert unmoved == [] and all(p.grad is not None for p in model.trained().values())
+    assert all(p.grad is None for p in problem.gpt.parameters()) and not problem.train_instances.requires_grad
+    assert all(torch.equal(before[name], tensor) for name, tensor in problem.gpt.state_dict().items())
 
 
 def test_the_target_is_read_at_the_last_real_token_whatever_the_padding(tiny):
@@ -93,23 +110,23 @@ def test_the_target_is_read_at_the_last_real_token_whatever_the_padding(tiny):
     task = data.TASKS["sst2"]
     rows = [({"sentence": s}, 0) for s in ("the plot works", "although the music is very warm , the script drags")]
     split, ids = data.encode(task, rows, tokenizer, 118), data.label_tokens(task, tokenizer)
-    prompt = train.METHODS["lopa"](64, 64).eval()
+    model = train.build(problem_of(tiny, 8), options_of()).eval()
     h = torch.randn(2, 64)
     with torch.no_grad():
-        batch = train.label_logits(gpt, prompt, split.tokens, split.lengths, h, ids)
+        batch = model(split.tokens, split.lengths, h)
         for i, length in enumerate(split.lengths.tolist()):
-            Z = prompt.prompt(h[i:i + 1])
+            Z = model.prompt.prompt(h[i:i + 1])
             alone = torch.cat([Z, gpt.embed(split.tokens[i:i + 1, :length])], dim=1)
             assert torch.allclose(batch[i], gpt.logits(gpt.hidden(alone))[0, -1, ids], atol=1e-5)
 
 
 def test_zero_shot_is_the_bare_language_model(tiny):
-    gpt, tokenizer = tiny
-    task = data.TASKS["sst2"]
-    split, ids = data.encode(task, data.sst2_sample()[1][:20], tokenizer, 118), data.label_tokens(task, tokenizer)
-    probabilities = train.predict(gpt, None, split, torch.zeros(20, 64), ids)
-    for row, length, p in zip(split.tokens, split.lengths.tolist(), probabilities):
-        assert torch.allclose(gpt(row[None, :length])[0, -1, ids].softmax(-1), p, atol=1e-5)
+    problem = problem_of(tiny, 20)
+    bare = train.Adapted(problem.gpt, problem.encoder, problem.label_ids, "none")
+    probabilities = train.predict(bare, problem.train, problem.train_instances)
+    for row, length, p in zip(problem.train.tokens, problem.train.lengths.tolist(), probabilities):
+        logits = problem.gpt(row[None, :length])[0, -1, problem.label_ids]
+        assert torch.allclose(logits.softmax(-1), p, atol=1e-5)
 
 
 def test_the_linear_probe_separates_what_is_linear_and_not_an_exclusive_or():
@@ -130,12 +147,43 @@ def test_lopa_beats_prompt_tuning_and_needs_the_right_instance(tiny, tmp_path):
     assert accuracy["lopa"] > accuracy["shuffled"] + 0.05
 
 
-def test_holding_out_scores_training_rows_and_never_reads_dev(tiny, tmp_path, monkeypatch):
-    rows, _ = data.sst2_sample()
-    monkeypatch.setattr(data, "load_task", lambda *_: (rows, None, "no dev rows at all"))
-    train.main(["--task", "sst2", "--epochs", "1", "--holdout", "3800", "--out", str(tmp_path / "run")])
-    result = json.loads((tmp_path / "run/result.json").read_text())
-    assert (result["num_train"], result["num_scored"], result["scored_on"]) == (200, 3800, "held-out training rows")
+def test_holding_out_scores_training_rows_and_dev_changes_nothing(tiny, tmp_path, monkeypatch):
+    rows, dev = data.sst2_sample()
+    results = []
+    for name, dev_rows in (("with", dev), ("without", [({"sentence": "the plot is dull"}, 1)])):
+        monkeypatch.setattr(data, "load_task", lambda *_: (rows, dev_rows, "sample"))
+        train.main(["--task", "sst2", "--epochs", "1", "--holdout", "3800", "--out", str(tmp_path / name)])
+        results.append(json.loads((tmp_path / name / "result.json").read_text()))
+    first, second = results
+    assert (first["num_train"], first["num_scored"], first["scored_on"]) == (200, 3800, "held-out training rows")
+    assert first["accuracy"] == second["accuracy"] and first["linear_probe"] == second["linear_probe"]
+
+
+def test_a_study_chooses_on_training_rows_scores_every_seed_and_continues_where_it_was(tiny, tmp_path, capsys, monkeypatch):
+    flags = ["--task", "sst2", "--compare", "--methods", "pt,lopa", "--seeds", "3,4", "--max-train", "200", "--epochs", "1",
+             "--out", str(tmp_path)]
+    train.main(flags)
+    table = (tmp_path / "table.md").read_text()
+    assert table in capsys.readouterr().out
+    _, *runs = map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())
+    assert [(run["method"], run["stage"], run["seed"]) for run in runs] == [
+        (method, stage, seed) for method in ("pt", "lopa") for stage, seed in [("trial", 0)] * 3 + [("seed", 3), ("seed", 4)]]
+    for method, row in zip(("pt", "lopa"), table.splitlines()[2:]):
+        trials = [run for run in runs if run["method"] == method and run["stage"] == "trial"]
+        scored = [run for run in runs if run["method"] == method and run["stage"] == "seed"]
+        best = max(trials, key=lambda run: run["accuracy"])["lr"]
+        assert {run["lr"] for run in scored} == {best}
+        assert f"{sum(run['accuracy'] for run in scored) / 2:.3f} ± " in row and f"| {best:g} |" in row
+
+    lines = (tmp_path / "runs.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "runs.jsonl").write_text("".join(lines[:-1]))      # as if it had been interrupted in the last run
+    fitted = []
+    monkeypatch.setattr(train, "fit", lambda *a, fit=train.fit: fitted.append(a) or fit(*a))
+    train.main(flags)
+    assert len(fitted) == 1
+    again = (tmp_path / "table.md").read_text()
+    assert [row.split("|")[:5] for row in again.splitlines()] == [row.split("|")[:5] for row in table.splitlines()]
+    assert "holds another run: num_train is 200 there and 100 here" in refused(capsys, *flags, "--max-train", 100)
 
 
 def test_the_pretrained_model_is_kept_and_its_name_follows_what_it_is_made_of(tmp_path, monkeypatch):
@@ -170,14 +218,14 @@ def test_an_adapter_of_another_model_is_refused(finished, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda tensors: tensors.pop("soft_prompt"), "'soft_prompt': the method needs [10, 64], the file has none"),
+    (lambda tensors: tensors.pop("prompt.soft_prompt"), "'prompt.soft_prompt': the method needs [10, 64], the file has none"),
     (lambda tensors: tensors.update(extra=torch.zeros(1)), "'extra': the method needs none, the file has [1]"),
-    (lambda tensors: tensors.update(soft_prompt=torch.zeros(9, 64)), "needs [10, 64], the file has [9, 64]"),
+    (lambda tensors: tensors.update({"prompt.soft_prompt": torch.zeros(9, 64)}), "needs [10, 64], the file has [9, 64]"),
 ])
 def test_missing_extra_and_misshapen_tensors_are_refused_by_name(finished, capsys, tmp_path, change, message):
     out, _ = finished
     adapter = torch.load(out / "adapter.pt", weights_only=True)
-    change(adapter["prompt"])
+    change(adapter["tensors"])
     torch.save(adapter, tmp_path / "adapter.pt")
     assert message in refused(capsys, "--adapter", tmp_path, "--predict", "x")
 
@@ -190,7 +238,7 @@ def test_a_damaged_adapter_and_one_with_code_in_it_are_refused(capsys, tmp_path)
     for content in (b"", b"not a zip file"):
         (tmp_path / "adapter.pt").write_bytes(content)
         assert "cannot be read as saved weights" in refused(capsys, "--adapter", tmp_path, "--predict", "x")
-    torch.save({"format": 1, "prompt": Code()}, tmp_path / "adapter.pt")
+    torch.save({"format": 1, "tensors": Code()}, tmp_path / "adapter.pt")
     assert "cannot be read as saved weights" in refused(capsys, "--adapter", tmp_path, "--predict", "x")
     assert not (tmp_path / "run-by-pickle").exists()
 
@@ -201,7 +249,9 @@ def test_a_damaged_adapter_and_one_with_code_in_it_are_refused(capsys, tmp_path)
 @pytest.mark.parametrize("flags, message", [
     ("--task sst3", "argument --task: invalid choice: 'sst3'"),
     ("--task sst2 --method lora2", "argument --method: invalid choice: 'lora2'"),
-    ("", "name a task: --task sst2"),
+    ("--task sst2 --compare --methods lopa,lora2", "argument --methods: lora2 is none of pt, dpt"),
+    ("--task sst2 --method idpg --phm 7", "phm 7 has to divide both widths, 64 and 64"),
+    ("", "name a task: --task sst2 or rte"),
     ("--task sst2 --rank 0", "argument --rank: 0 is not a positive number"),
     ("--task sst2 --num-virtual-tokens -3", "argument --num-virtual-tokens: -3 is not a positive number"),
     ("--task sst2 --lr nan", "argument --lr: nan is not a positive number"),
@@ -245,7 +295,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_and_learning_rate(tiny, 
 
 def test_texts_that_do_not_fit_are_cut_and_counted(tiny, capsys, tmp_path):
     train.main([*QUICK, "--epochs", "1", "--num-virtual-tokens", "115", "--out", str(tmp_path)])
-    assert "texts were cut to fit 115 prompt + 13 text tokens into the context of 128" in capsys.readouterr().out
+    assert "texts were cut to 13 tokens, to fit the context of 128" in capsys.readouterr().out
     assert json.loads((tmp_path / "result.json").read_text())["texts_cut"] > 0
 
 
@@ -260,7 +310,7 @@ def test_ctrl_c_ends_cleanly_and_keeps_the_last_whole_epoch(tiny, tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors
     assert "interrupted" in errors and "holds the adapter after epoch" in errors
-    assert train.load_adapter(tmp_path / "run")["method"] == "lopa"
+    assert train.load_adapter(tmp_path / "run")["model_options"]["method"] == "lopa"
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["adapter.pt", "metrics.jsonl"]
 
 
