@@ -123,7 +123,7 @@ def test_a_long_text_loses_its_end_and_never_the_templates(tiny):
 
 def test_of_several_fields_the_longest_is_cut(tiny):
     _, tokenizer = tiny
-    pair = replace(SST2, fields=("a", "b"), template="{a} . {b} . It was")
+    pair = replace(SST2, fields={"a": "a", "b": "b"}, template="{a} . {b} . It was")
     tokens, cut = data.encode_text(pair, {"a": "the plot is dull and the cast fails", "b": "the plot works"}, tokenizer, 12)
     assert cut and tokenizer.decode(tokens) == "the plot is dull and . the plot works . It was"
 
@@ -148,8 +148,8 @@ def write(tmp_path, content, name="train.tsv"):
 
 def test_a_file_is_read_as_it_is(tmp_path):
     content = '\ufeffsentence\tlabel\r\n"quoted\u2028 \x0b text " \t1\n\nbad {braces}\t0\n'     # odd line breaks are text
-    rows = list(data.read_tsv(write(tmp_path, content), SST2))
-    assert rows == [({"sentence": '"quoted\u2028 \x0b text "'}, 1), ({"sentence": "bad {braces}"}, 0)]
+    rows, skipped = data.read_tsv(write(tmp_path, content), SST2)
+    assert skipped == 0 and rows == [({"sentence": '"quoted\u2028 \x0b text "'}, 1), ({"sentence": "bad {braces}"}, 0)]
 
 
 @pytest.mark.parametrize("content, message", [
@@ -162,25 +162,25 @@ def test_a_file_is_read_as_it_is(tmp_path):
 ])
 def test_a_bad_file_is_refused_with_file_and_line(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as error:
-        list(data.read_tsv(write(tmp_path, content), SST2))
+        data.read_tsv(write(tmp_path, content), SST2)
     assert "\n" not in str(error.value)
 
 
 def test_ones_own_task_is_one_table_entry(tmp_path, monkeypatch):
-    mine = data.Task(folder="weather", fields=("text",), template="{text} . It was",
+    mine = data.Task(folder="weather", fields={"text": "text"}, template="{text} . It was",
                      label_words={"rain": " awful", "sun": " warm"}, label_names=("rain", "sun"))
     monkeypatch.setitem(data.TASKS, "weather", mine)
     (tmp_path / "weather").mkdir()
     for name in ("train.tsv", "dev.tsv"):
         write(tmp_path / "weather", "label\ttext\nsun\ta warm day\nrain\ta stale day\n", name)
     train, dev, source = data.load_task("weather", str(tmp_path))
-    assert train == dev == [({"text": "a warm day"}, 1), ({"text": "a stale day"}, 0)]
+    assert train == dev["dev"] == [({"text": "a warm day"}, 1), ({"text": "a stale day"}, 0)]
     assert source == str(tmp_path / "weather")
 
 
 def test_max_train_draws_rows_and_does_not_take_the_first():
-    train, dev, _ = data.load_task("sst2", None, max_train=100)
-    everything, whole_dev, _ = data.load_task("sst2", None)
+    train, dev, _ = data.load_task("sst2", None, max_train=100, sample=True)
+    everything, whole_dev, _ = data.load_task("sst2", None, sample=True)
     assert len(train) == 100 and train != everything[:100] and dev == whole_dev
     assert all(row in everything for row in train)
 
@@ -188,6 +188,7 @@ def test_max_train_draws_rows_and_does_not_take_the_first():
 @pytest.mark.skipif("GLUE_DIR" not in os.environ, reason="GLUE_DIR does not name a folder with the real SST-2/train.tsv")
 def test_the_real_sst2_files_are_read_whole():
     train, dev, _ = data.load_task("sst2", os.environ["GLUE_DIR"])
+    dev = dev["dev"]
     assert (len(train), len(dev)) == (67_349, 872)
     assert sum(y for _, y in dev) == 444               # as counted by: cut -f2 dev.tsv | grep -c 1
     assert Path(os.environ["GLUE_DIR"], "SST-2", "dev.tsv").read_text().splitlines()[1].startswith(dev[0][0]["sentence"])
