@@ -456,7 +456,8 @@ def receive(url: str, file: BinaryIO) -> tuple[str, bool]:
         file.truncate()
     length = response.headers["Content-Length"]
     total = start + int(length) if length else None
-    with response, tqdm(desc=url.split("/")[-1], initial=start, total=total, unit="B", unit_scale=True, disable=None) as bar:
+    progress = tqdm(desc=Path(url).name, initial=start, total=total, unit="B", unit_scale=True, disable=None)
+    with response, progress:
         while True:
             try:
                 chunk = response.read(1 << 16)
@@ -465,7 +466,7 @@ def receive(url: str, file: BinaryIO) -> tuple[str, bool]:
             if not chunk:
                 break
             file.write(chunk)
-            bar.update(len(chunk))
+            progress.update(len(chunk))
     if total is not None and file.tell() < total:
         return f"broken off after {file.tell():,} of {total:,} bytes", True
     return "", False
