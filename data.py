@@ -141,7 +141,7 @@ def sst2_sample(n_train: int = 4000, n_dev: int = 872, seed: int = 0) -> tuple[l
 
 
 # GLUE's tasks. A GPT predicts what comes last, so the label word ends every template. The released code prompts a masked
-# model (utils/data_processors.py @6a119e3): for pairs "{a} ? <mask> , {b}", with the same No, Yes and Maybe.
+# model (utils/data_processors.py @6a119e3): pairs as "{a} ? <mask> , {b}", with the same No, Yes and Maybe.
 # The checksums are those that the Hugging Face datasets library recorded (datasets/glue/dataset_infos.json @040102f).
 GLUE = "https://dl.fbaipublicfiles.com/glue/data/"
 PAIR = "{a} ? {b} . Answer:"
@@ -315,7 +315,7 @@ def load_task(name: str, data_dir: str | None, max_train: int | None = None, *, 
     downloaded into cache_dir/GLUE at first use. Dev is for scoring and nothing else. Raises ValueError or OSError.
     """
     task = TASKS[name]
-    folder = Path(data_dir or Path(cache_dir, "GLUE")) / task.folder
+    folder = (Path(cache_dir, "GLUE") if data_dir is None else Path(data_dir)) / task.folder
     if data_dir is None and sample:
         if task.sample is None:
             have = ", ".join(name for name, task in TASKS.items() if task.sample)
@@ -324,10 +324,12 @@ def load_task(name: str, data_dir: str | None, max_train: int | None = None, *, 
         train, dev_rows = task.sample()
         dev, source = {"dev": dev_rows}, "built-in sample, not GLUE"
     else:
+        source = str(folder)
         if data_dir is None:
             fetch(task, folder)
+            source = task.url
         train, dev, skipped = read_folder(folder, task)
-        source = (str(folder) if data_dir else task.url) + (f", {skipped} incomplete rows skipped" if skipped else "")
+        source += f", {skipped} incomplete rows skipped" if skipped else ""
     if max_train is not None and max_train < len(train):
         train = random.Random(0).sample(train, max_train)              # files may be sorted, so not simply the first
     return train, dev, source
@@ -335,7 +337,7 @@ def load_task(name: str, data_dir: str | None, max_train: int | None = None, *, 
 
 def read_folder(folder: Path, task: Task) -> tuple[list[Row], dict[str, list[Row]], int]:
     """(training rows, dev rows by split, number of rows skipped) of one task's files."""
-    if not task.dev_ids or (folder / "train.tsv").exists():
+    if task.dev_ids is None or (folder / "train.tsv").exists():
         splits = {split: read_tsv(folder / f"{split}.tsv", task) for split in ("train", *task.dev_splits)}
         skipped = sum(number for _, number in splits.values())
         return splits["train"][0], {split: splits[split][0] for split in task.dev_splits}, skipped
@@ -345,7 +347,7 @@ def read_folder(folder: Path, task: Task) -> tuple[list[Row], dict[str, list[Row
     rows, skipped = read_tsv(folder / "msr_paraphrase_train.txt", with_ids)
     if not path.is_file():
         raise ValueError(f"{path} not found: it says which rows are dev; get it from {task.dev_ids[0]}")
-    listed = {tuple(line.split()) for line in path.read_text().splitlines()}
+    listed = {tuple(line.split()) for line in path.read_text("utf-8-sig").splitlines()}
     train, dev = [], []
     for fields, label in rows:
         ids = fields.pop("id1"), fields.pop("id2")
@@ -433,9 +435,10 @@ def download(url: str, path: Path, sha256: str | None = None, size: int | None =
                 break
         if not problem and size not in (None, file.tell()):
             problem = f"{file.tell():,} bytes instead of {size:,}"
-        file.seek(0)
-        if not problem and sha256 not in (None, found := hashlib.file_digest(file, "sha256").hexdigest()):
-            problem = f"wrong content, its sha256 is {found} instead of {sha256}"
+        if not problem and sha256 is not None:
+            file.seek(0)
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+            problem = "" if found == sha256 else f"wrong content, its sha256 is {found} instead of {sha256}"
         if problem:
             raise ValueError(f"{url}: {problem}: try again, or save the file as {path} yourself")
     return path

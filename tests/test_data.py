@@ -279,7 +279,7 @@ def test_mrpc_as_published_is_split_by_the_listed_pairs_of_ids(tmp_path):
     write(folder, PUBLISHED, "msr_paraphrase_train.txt")
     with pytest.raises(ValueError, match="dev_ids.tsv not found: .* get it from https://"):
         data.load_task("mrpc", str(tmp_path))
-    write(folder, "11\t10\n99\t98\n", "dev_ids.tsv")                 # the order of the two ids matters
+    write(folder, "\ufeff11\t10\n99\t98\n", "dev_ids.tsv")           # the order of the two ids matters
     train, dev, _ = data.load_task("mrpc", str(tmp_path))
     assert train == [({"a": "He left .", "b": "He went ."}, 1), ({"a": "It rains .", "b": "Rain ."}, 1)]
     assert dev == {"dev": [({"a": "He came .", "b": "She left ."}, 0)]}
