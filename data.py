@@ -1,4 +1,4 @@
-"""Data: the built-in sample (a small synthetic world of movie reviews), the tokenizer, the tasks, and the GLUE reader.
+"""Data: the built-in sample (a small synthetic world of movie reviews), the tokenizers, the tasks, and GLUE's files.
 
 The sample exists so that everything runs without a download, and so that it is known why a method succeeds or fails.
 Two kinds of text come from the same vocabulary:
@@ -12,16 +12,29 @@ So a model pre-trained on the first kind knows which words are good and bad, and
 Negations and intensifiers are equally new to it: "I have not seen this word" does not yet mean "turn the meaning round".
 """
 
+import hashlib
+import os
 import random
 import re
+import secrets
+import shutil
+import time
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from http.client import HTTPException
 from pathlib import Path
+from typing import BinaryIO
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import tiktoken
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------
 # The world: words, clauses, sentences, documents. Polarity is 0 (negative) or 1 (positive).
@@ -103,10 +116,17 @@ class Task:
     """A classification task as text: the label is the word that the language model puts after the template."""
 
     folder: str                          # DIR/folder/train.tsv and dev.tsv hold the files of `--data DIR`
-    fields: tuple[str, ...]              # columns of the text, by header name
+    fields: dict[str, str]               # name in the template -> column of the text, by header name
     template: str                        # ends where the label word comes next
     label_words: dict[str, str]          # label as the file spells it -> its word, one token with its leading space
     label_names: tuple[str, ...]         # for people, in the order of label_words
+    label_field: str = "label"           # column of the label, by header name
+    dev_splits: tuple[str, ...] = ("dev",)          # names of the files to score on, without .tsv
+    metrics: tuple[str, ...] = ("accuracy",)
+    skip_short_rows: bool = False        # a row with too few columns is left out and counted, not an error
+    url: str | None = None               # a zip with folder/train.tsv in it; for MRPC the training file itself
+    sha256: str | None = None            # of what is at url
+    dev_ids: tuple[str, str] | None = None          # MRPC: url and sha256 of the list of training rows that are dev
     sample: Callable[[], tuple[list[Row], list[Row]]] | None = None      # built-in train and dev rows
 
 
@@ -132,25 +152,51 @@ def rte_sample(n_train: int = 4000, n_dev: int = 872, seed: int = 0) -> tuple[li
         first, second = (clause(rng, p, rng.choices((PLAIN, NEGATED), (80, 20))[0])
                          for p in (polarity, polarity if label else 1 - polarity))
         rows.setdefault((first, second), label)
-    examples = [({"sentence1": first, "sentence2": second}, label) for (first, second), label in rows.items()]
+    examples = [({"a": first, "b": second}, label) for (first, second), label in rows.items()]
     return examples[n_dev:], examples[:n_dev]
 
 
+# GLUE's tasks. A GPT predicts what comes last, so the label word ends every template. The released code prompts a masked
+# model (utils/data_processors.py @6a119e3): pairs as "{a} ? <mask> , {b}", with the same No, Yes and Maybe.
+# The checksums are those that the Hugging Face datasets library recorded (datasets/glue/dataset_infos.json @040102f).
+GLUE = "https://dl.fbaipublicfiles.com/glue/data/"
+PAIR = "{a} ? {b} . Answer:"
+NO_YES = {"not_entailment": " No", "entailment": " Yes"}
 TASKS = {
     "sst2": Task(
         folder="SST-2",
-        fields=("sentence",),
+        fields={"sentence": "sentence"},
         template="{sentence} . It was",
         label_words={"0": " terrible", "1": " great"},
         label_names=("negative", "positive"),
+        url=GLUE + "SST-2.zip", sha256="d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa",
         sample=sst2_sample,
     ),
+    "mnli": Task(
+        "MNLI", {"a": "sentence1", "b": "sentence2"}, PAIR,
+        {"contradiction": " No", "neutral": " Maybe", "entailment": " Yes"}, ("contradiction", "neutral", "entailment"),
+        label_field="gold_label", dev_splits=("dev_matched", "dev_mismatched"),
+        url=GLUE + "MNLI.zip", sha256="e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633",
+    ),
+    "mrpc": Task(
+        "MRPC", {"a": "#1 String", "b": "#2 String"}, PAIR, {"0": " No", "1": " Yes"}, ("different", "paraphrase"),
+        label_field="Quality", metrics=("accuracy", "f1"),
+        url="https://dl.fbaipublicfiles.com/senteval/senteval_data/msr_paraphrase_train.txt",
+        sha256="60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89",
+        dev_ids=(GLUE + "mrpc_dev_ids.tsv", "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7"),
+    ),
+    "qnli": Task(
+        "QNLI", {"a": "question", "b": "sentence"}, PAIR, NO_YES, ("not answered", "answered"),
+        url=GLUE + "QNLIv2.zip", sha256="e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5",
+    ),
+    "qqp": Task(
+        "QQP", {"a": "question1", "b": "question2"}, "{a} {b} Answer:", {"0": " No", "1": " Yes"},
+        ("different", "duplicate"), label_field="is_duplicate", metrics=("accuracy", "f1"), skip_short_rows=True,
+        url=GLUE + "QQP-clean.zip", sha256="40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0",
+    ),
     "rte": Task(
-        folder="RTE",
-        fields=("sentence1", "sentence2"),
-        template="{sentence1} ? {sentence2} . Answer:",
-        label_words={"not_entailment": " No", "entailment": " Yes"},
-        label_names=("not entailed", "entailed"),
+        "RTE", {"a": "sentence1", "b": "sentence2"}, PAIR, NO_YES, ("not entailment", "entailment"),
+        url=GLUE + "RTE.zip", sha256="6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee",
         sample=rte_sample,
     ),
 }
@@ -194,6 +240,18 @@ def tiny_tokenizer() -> tiktoken.Encoding:
     filled = [task.template.format(**fields) + "".join(task.label_words.values())
               for task in TASKS.values() if task.sample for fields, _ in task.sample()[0]]
     return learn_tokenizer(pretraining_text() + "\n".join(filled))
+
+
+def gpt2_tokenizer() -> tiktoken.Encoding:
+    """GPT-2's own tokenizer. tiktoken downloads its two files once; raises ValueError where it cannot."""
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except (OSError, ValueError) as error:                             # what requests raises is an OSError too
+        raise ValueError(
+            f"GPT-2's tokenizer cannot be loaded ({type(error).__name__}): without a network, set TIKTOKEN_CACHE_DIR to a "
+            "folder with two files of https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/ under the names "
+            "tiktoken gives them: vocab.bpe as 6d1cbeee0f20b3d9449abfede4726ed8212e3aee "
+            "and encoder.json as 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -259,38 +317,77 @@ def label_tokens(task: Task, tokenizer: tiktoken.Encoding) -> Tensor:
     return torch.tensor(ids)
 
 
+def f1(predictions: Tensor, labels: Tensor) -> float:
+    """F1 of label 1: the harmonic mean of precision and recall, 0 if label 1 is never predicted rightly."""
+    hits = ((predictions == 1) & (labels == 1)).sum().item()
+    named = (predictions == 1).sum().item() + (labels == 1).sum().item()
+    return 2 * hits / named if named else 0.0
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Reading
 
 
-def load_task(name: str, data_dir: str | None, max_train: int | None = None) -> tuple[list[Row], list[Row], str]:
-    """(train rows, dev rows, a line that says which data it is): the built-in sample, or DIR/folder/{train,dev}.tsv.
+def load_task(name: str, data_dir: str | None, max_train: int | None = None, *, sample: bool = False,
+              cache_dir: str | Path = ".cache") -> tuple[list[Row], dict[str, list[Row]], str]:
+    """(training rows, rows of each dev split by its name, a line that says which data it is).
 
-    Raises ValueError for a file that is missing or cannot be read as this task.
+    The files of data_dir/folder if there is a data_dir; else the built-in sample with `sample=True`; else GLUE's files,
+    downloaded into cache_dir/GLUE at first use. Dev is for scoring and nothing else. Raises ValueError or OSError.
     """
     task = TASKS[name]
-    if data_dir is None:
+    folder = (Path(cache_dir, "GLUE") if data_dir is None else Path(data_dir)) / task.folder
+    if data_dir is None and sample:
         if task.sample is None:
-            raise ValueError(f"task {name} has no built-in sample: name a folder with --data")
-        train, dev = task.sample()
-        source = "built-in sample, not GLUE"
+            have = ", ".join(name for name, task in TASKS.items() if task.sample)
+            raise ValueError(f"task {name} has no built-in sample (only {have}): use a real model, or name a folder that "
+                             f"holds {task.folder}/ with --data DIR, for instance from {task.url or 'your own files'}")
+        train, dev_rows = task.sample()
+        dev, source = {"dev": dev_rows}, "built-in sample, not GLUE"
     else:
-        folder = Path(data_dir) / task.folder
-        train, dev = (list(read_tsv(folder / f"{split}.tsv", task)) for split in ("train", "dev"))
         source = str(folder)
+        if data_dir is None:
+            fetch(task, folder)
+            source = task.url
+        train, dev, skipped = read_folder(folder, task)
+        source += f", {skipped} incomplete rows skipped" if skipped else ""
     if max_train is not None and max_train < len(train):
         train = random.Random(0).sample(train, max_train)              # files may be sorted, so not simply the first
     return train, dev, source
 
 
-def read_tsv(path: Path, task: Task) -> Iterator[Row]:
-    """Rows of a tab-separated UTF-8 file with a header line, unquoted as GLUE's are.
+def read_folder(folder: Path, task: Task) -> tuple[list[Row], dict[str, list[Row]], int]:
+    """(training rows, dev rows by split, number of rows skipped) of one task's files."""
+    if task.dev_ids is None or (folder / "train.tsv").exists():
+        splits = {split: read_tsv(folder / f"{split}.tsv", task) for split in ("train", *task.dev_splits)}
+        skipped = sum(number for _, number in splits.values())
+        return splits["train"][0], {split: splits[split][0] for split in task.dev_splits}, skipped
+    # MRPC as it is published: GLUE takes the rows whose two ids are listed out of the training file, and calls them dev.
+    path = folder / "dev_ids.tsv"
+    with_ids = replace(task, fields=task.fields | {"id1": "#1 ID", "id2": "#2 ID"})
+    rows, skipped = read_tsv(folder / "msr_paraphrase_train.txt", with_ids)
+    if not path.is_file():
+        raise ValueError(f"{path} not found: it says which rows are dev; get it from {task.dev_ids[0]}")
+    listed = {tuple(line.split()) for line in path.read_text("utf-8-sig").splitlines()}
+    train, dev = [], []
+    for fields, label in rows:
+        ids = fields.pop("id1"), fields.pop("id2")
+        (dev if ids in listed else train).append((fields, label))
+    if not train or not dev:
+        raise ValueError(f"{path}: {len(dev)} of {len(rows)} rows are listed, so one split is empty: "
+                         f"it needs two ids on a line, as {task.dev_ids[0]} has them")
+    return train, {"dev": dev}, skipped
+
+
+def read_tsv(path: Path, task: Task) -> tuple[list[Row], int]:
+    """(rows, number of rows skipped) of a tab-separated UTF-8 file with a header line, unquoted as GLUE's are.
 
     Raises ValueError, naming file and line, for a missing file and for what cannot be read as this task.
     """
     if not path.is_file():
-        raise ValueError(f"{path} not found: --data names the folder that holds {task.folder}/train.tsv and dev.tsv")
-    header, count = None, 0
+        raise ValueError(f"{path} not found: --data names the folder that holds {task.folder}/train.tsv and "
+                         + " and ".join(f"{split}.tsv" for split in task.dev_splits))
+    header, rows, skipped = None, [], 0
     with open(path, "rb") as file:                                     # bytes: only \n ends a line
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -302,16 +399,126 @@ def read_tsv(path: Path, task: Task) -> Iterator[Row]:
                 raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}): convert the file") from None
             if header is None:
                 header = cells
-                for column in (*task.fields, "label"):
+                for column in (*task.fields.values(), task.label_field):
                     if column not in header:
                         raise ValueError(f"{where}: no column {column!r} in the header {header}")
+            elif task.skip_short_rows and len(cells) < len(header):
+                skipped += 1
             elif len(cells) != len(header):
                 raise ValueError(f"{where}: {len(cells)} columns, the header has {len(header)}: {', '.join(header)}")
             else:
                 row = dict(zip(header, cells))
-                if row["label"] not in task.label_words:
-                    raise ValueError(f"{where}: label {row['label']!r} is none of {', '.join(task.label_words)}")
-                yield {field: row[field].strip() for field in task.fields}, list(task.label_words).index(row["label"])
-                count += 1
-    if not count:
+                label = row[task.label_field]
+                if label not in task.label_words:
+                    raise ValueError(f"{where}: label {label!r} is none of {', '.join(task.label_words)}")
+                rows.append(({name: row[column].strip() for name, column in task.fields.items()},
+                             list(task.label_words).index(label)))
+    if not rows:
         raise ValueError(f"{path}: no examples in it, only {'a header' if header else 'an empty file'}")
+    return rows, skipped
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Downloading
+
+ATTEMPTS, PAUSE, TIMEOUT = 4, 1.0, 30.0  # tries, seconds between them, seconds without a byte until one is given up
+
+
+def fetch(task: Task, folder: Path) -> None:
+    """Download a GLUE task's files into `folder`, unless they are there. Raises ValueError with one line."""
+    if task.url is None:
+        raise ValueError(f"{task.folder} has nowhere to be downloaded from: name the folder that holds it with --data DIR")
+    try:
+        if task.dev_ids:
+            download(task.url, folder / "msr_paraphrase_train.txt", task.sha256)
+            download(task.dev_ids[0], folder / "dev_ids.tsv", task.dev_ids[1])
+            return
+        for path in (folder / f"{split}.tsv" for split in ("train", *task.dev_splits)):
+            if not path.exists():
+                archive = download(task.url, folder / Path(task.url).name, task.sha256)
+                extract(archive, f"{task.folder}/{path.name}", path)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{error}, or name a folder of GLUE files with --data DIR") from None
+
+
+def download(url: str, path: Path, sha256: str | None = None, size: int | None = None) -> Path:
+    """Fetch `url` to `path`, unless that exists; resumes when the connection breaks. Returns `path`.
+
+    Raises ValueError or OSError: one line with the url, what happened and what to do.
+    """
+    if path.exists():
+        return path
+    with whole(path, url) as file:
+        for attempt in range(ATTEMPTS):
+            time.sleep(PAUSE if attempt else 0)
+            problem, may_pass = receive(url, file)
+            if not may_pass:
+                break
+        if not problem and size not in (None, file.tell()):
+            problem = f"{file.tell():,} bytes instead of {size:,}"
+        if not problem and sha256 is not None:
+            file.seek(0)
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+            problem = "" if found == sha256 else f"wrong content, its sha256 is {found} instead of {sha256}"
+        if problem:
+            raise ValueError(f"{url}: {problem}: try again, or save the file as {path} yourself")
+    return path
+
+
+def receive(url: str, file: BinaryIO) -> tuple[str, bool]:
+    """Append to `file` what it lacks of `url` -> (what went wrong if anything, whether that may pass)."""
+    start = file.tell()
+    request = Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    try:
+        response = urlopen(request, timeout=TIMEOUT)
+    except HTTPError as error:
+        return str(error), error.code >= 500
+    except (OSError, HTTPException) as error:
+        return str(error) or type(error).__name__, True
+    if response.status != 206:                                         # the server sends the whole file again
+        start = file.seek(0)
+        file.truncate()
+    length = response.headers["Content-Length"]
+    total = start + int(length) if length else None
+    progress = tqdm(desc=Path(url).name, initial=start, total=total, unit="B", unit_scale=True, disable=None)
+    with response, progress:
+        while True:
+            try:
+                chunk = response.read(1 << 16)
+            except (OSError, HTTPException) as error:                  # of the network: what write raises is of the disk
+                return str(error) or type(error).__name__, True
+            if not chunk:
+                break
+            file.write(chunk)
+            progress.update(len(chunk))
+    if total is not None and file.tell() < total:
+        return f"broken off after {file.tell():,} of {total:,} bytes", True
+    return "", False
+
+
+def extract(archive: Path, member: str, path: Path) -> None:
+    """Write one member of a zip to `path`. No name inside the archive is ever used as a path."""
+    try:
+        with zipfile.ZipFile(archive) as opened, opened.open(member) as source, whole(path, str(archive)) as file:
+            shutil.copyfileobj(source, file)
+    except KeyError:
+        raise ValueError(f"{archive} holds no {member}: delete it and try again") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{archive} cannot be read as a zip archive ({error}): delete it and try again") from None
+
+
+@contextmanager
+def whole(path: Path, source: str) -> Iterator[BinaryIO]:
+    """A new file that takes the name `path` when the block ends well, and is removed when it does not."""
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # another process may be writing the same file
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "w+b") as file:
+            yield file
+        os.replace(part, path)
+    except OSError as error:
+        raise OSError(f"{source} cannot be saved as {path} ({error.strerror or error}): "
+                      "make room, or name a folder that can be written with --cache DIR") from None
+    finally:
+        if part.exists():
+            part.unlink()

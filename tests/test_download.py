@@ -1,0 +1,258 @@
+"""data.py: what is downloaded is whole or not there at all, and each failure is one line. A local server, no network."""
+
+import hashlib
+import io
+import re
+import threading
+import zipfile
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+import data
+
+CONTENT = bytes(range(256)) * 1000
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers /name with the steps of server.plans["/name"], one a request; the last step is repeated."""
+
+    def do_GET(self):
+        plan = self.server.plans.get(self.path, [404])
+        step = plan.pop(0) if len(plan) > 1 else plan[0]
+        self.server.requests.append((self.path, self.headers["Range"]))
+        if isinstance(step, int):
+            return self.send_error(step)
+        step = {"content": step} if isinstance(step, bytes) else step
+        content, sent, ranges = step.get("content", CONTENT), step.get("sent"), step.get("ranges", False)
+        self.server.released.wait(step.get("pause", 0))
+        start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1]) if ranges and self.headers["Range"] else 0
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        self.wfile.write(content[start:sent])                          # not all of it: the connection breaks off
+        self.server.released.wait(step.get("pause_after", 0))
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(data, "PAUSE", 0.01)
+    monkeypatch.setattr(data, "TIMEOUT", 5.0)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads, server.handle_error = True, lambda *_: None          # it breaks off on purpose
+        server.plans, server.requests, server.released = {}, [], threading.Event()
+        server.url = f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.released.set()
+        server.shutdown()
+        thread.join()
+
+
+def refused(folder, message, call, *args, **kwargs):
+    """`call` fails with one line that matches, and leaves nothing behind in `folder`."""
+    before = sorted(folder.rglob("*"))
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        call(*args, **kwargs)
+    assert "\n" not in str(error.value)
+    assert sorted(folder.rglob("*")) == before
+    return str(error.value)
+
+
+# --- download --------------------------------------------------------------------------------------------------
+
+
+def test_a_file_comes_whole_and_is_fetched_once(server, tmp_path, capfd):
+    server.plans["/file"] = [CONTENT]
+    path = tmp_path / "new" / "folder" / "file"
+    for _ in range(2):
+        assert data.download(f"{server.url}/file", path, SHA256, len(CONTENT)) == path
+    assert path.read_bytes() == CONTENT and list(path.parent.iterdir()) == [path]
+    assert server.requests == [("/file", None)]
+    assert capfd.readouterr() == ("", "")              # no bar where no terminal is
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_broken_connection_is_resumed_or_begun_again(server, tmp_path, ranges):
+    server.plans["/file"] = [{"sent": 100_000, "ranges": ranges}, {"sent": 150_000, "ranges": ranges}, {"ranges": ranges}]
+    path = data.download(f"{server.url}/file", tmp_path / "file", SHA256)
+    assert path.read_bytes() == CONTENT and list(tmp_path.iterdir()) == [path]
+    asked = [asked for _, asked in server.requests]
+    assert asked == [None, "bytes=100000-", "bytes=150000-"]
+
+
+def test_a_connection_that_always_breaks_is_given_up(server, tmp_path):
+    server.plans["/file"] = [{"sent": 1000}]
+    line = refused(tmp_path, "broken off after 1,000 of 256,000 bytes: try again", data.download,
+                   f"{server.url}/file", tmp_path / "file")
+    assert f"{server.url}/file" in line and len(server.requests) == data.ATTEMPTS
+
+
+def test_wrong_content_is_refused_and_not_kept(server, tmp_path):
+    server.plans["/file"] = [CONTENT[:-1] + b"?"]
+    url, path = f"{server.url}/file", tmp_path / "file"
+    assert SHA256 in refused(tmp_path, f"{url}: wrong content", data.download, url, path, SHA256)
+    refused(tmp_path, f"{url}: 256,000 bytes instead of 255,999", data.download, url, path, size=255_999)
+    assert len(server.requests) == 2
+
+
+def test_what_is_not_there_is_asked_for_once(server, tmp_path):
+    refused(tmp_path, f"{server.url}/file: HTTP Error 404: Not Found: try again, or save the file as .*file yourself",
+            data.download, f"{server.url}/file", tmp_path / "file")
+    assert len(server.requests) == 1
+
+
+def test_a_server_error_may_pass(server, tmp_path):
+    server.plans["/file"] = [500, 503, CONTENT]
+    assert data.download(f"{server.url}/file", tmp_path / "file", SHA256).read_bytes() == CONTENT
+    server.plans["/file"] = [500]
+    refused(tmp_path, "HTTP Error 500", data.download, f"{server.url}/file", tmp_path / "other")
+
+
+def test_a_server_that_says_nothing_is_given_up(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "TIMEOUT", 0.1)
+    server.plans["/file"] = [{"pause": 0.5}]
+    refused(tmp_path, f"{server.url}/file: timed out|{server.url}/file: <urlopen error timed out>",
+            data.download, f"{server.url}/file", tmp_path / "file")
+    assert len(server.requests) == data.ATTEMPTS
+
+
+def test_a_server_that_falls_silent_is_asked_again(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "TIMEOUT", 0.1)
+    server.plans["/file"] = [{"sent": 100_000, "pause_after": 0.5, "ranges": True}, {"ranges": True}]
+    assert data.download(f"{server.url}/file", tmp_path / "file", SHA256).read_bytes() == CONTENT
+    assert re.fullmatch(r"bytes=\d+-", server.requests[1][1])
+
+
+def test_no_connection_is_one_line(server, tmp_path):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as closed:
+        port = closed.server_port
+    refused(tmp_path, f"http://127.0.0.1:{port}/file: .*refused.*: try again", data.download,
+            f"http://127.0.0.1:{port}/file", tmp_path / "file")
+
+
+def test_two_at_once_both_get_the_whole_file(server, tmp_path):
+    server.plans["/file"] = [{"pause": 0.1}]
+    path, results = tmp_path / "file", []
+    def fetch():
+        results.append(data.download(f"{server.url}/file", path, SHA256).read_bytes())
+    threads = [threading.Thread(target=fetch) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [CONTENT] * 4 and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_path_that_cannot_be_written_is_one_line(server, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    server.plans["/file"] = [CONTENT]
+    for path in (tmp_path / "file" / "x", tmp_path / "file" / "x" / "y"):
+        line = refused(tmp_path, "cannot be saved as .*--cache DIR", data.download, f"{server.url}/file", path)
+        assert f"{server.url}/file" in line
+    assert server.requests == []
+
+
+class FullDisk(io.BytesIO):
+    def write(self, chunk):
+        raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_is_one_line_and_not_taken_for_the_network(server, tmp_path, monkeypatch):
+    server.plans["/file"] = [CONTENT]
+    def open_full(path, mode):
+        path.touch()                                   # a full disk still has room for a name
+        return FullDisk()
+    monkeypatch.setattr(data, "open", open_full, raising=False)
+    refused(tmp_path, "cannot be saved as .*No space left on device.*make room", data.download,
+            f"{server.url}/file", tmp_path / "file")
+    assert len(server.requests) == 1
+
+
+# --- archives --------------------------------------------------------------------------------------------------
+
+
+def make_zip(path, members):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+def test_one_member_is_written_and_nothing_else(tmp_path):
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    members = {"RTE/train.tsv": "rows", "../outside": "no", "/outside": "no", "RTE/test.tsv": "no"}
+    archive = make_zip(inside / "a.zip", members)
+    data.extract(archive, "RTE/train.tsv", inside / "RTE" / "train.tsv")
+    data.extract(archive, "../outside", inside / "harmless")           # the name in the archive is not a path
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {"inside/a.zip", "inside/RTE/train.tsv", "inside/harmless"}
+    assert (inside / "RTE" / "train.tsv").read_text() == "rows"
+
+
+def test_an_archive_that_is_not_one_or_lacks_the_member_is_one_line(tmp_path):
+    (tmp_path / "page.zip").write_text("<html>please log in</html>")
+    refused(tmp_path, "page.zip cannot be read as a zip archive .*delete it", data.extract, tmp_path / "page.zip", "x",
+            tmp_path / "y")
+    archive = make_zip(tmp_path / "a.zip", {"SST-2/train.tsv": "rows"})
+    refused(tmp_path, "a.zip holds no RTE/train.tsv: delete it", data.extract, archive, "RTE/train.tsv", tmp_path / "y")
+    content = make_zip(tmp_path / "b.zip", {"x": CONTENT}).read_bytes()
+    (tmp_path / "b.zip").write_bytes(content[:60] + bytes(60) + content[120:])
+    refused(tmp_path, "b.zip cannot be read as a zip archive", data.extract, tmp_path / "b.zip", "x", tmp_path / "y")
+
+
+# --- GLUE ------------------------------------------------------------------------------------------------------
+
+TSV = "index\tsentence1\tsentence2\tlabel\n0\tIt pours .\tIt rains .\tentailment\n"
+
+
+def glue_zip(members):
+    buffer = io.BytesIO()
+    make_zip(buffer, members)
+    return buffer.getvalue()
+
+
+def test_a_task_is_downloaded_once_and_read(server, tmp_path, monkeypatch):
+    content = glue_zip({"RTE/train.tsv": TSV, "RTE/dev.tsv": TSV, "RTE/test.tsv": "hidden"})
+    server.plans["/RTE.zip"] = [content]
+    task = replace(data.TASKS["rte"], url=f"{server.url}/RTE.zip", sha256=hashlib.sha256(content).hexdigest())
+    monkeypatch.setitem(data.TASKS, "rte", task)
+    for _ in range(2):
+        train, dev, source = data.load_task("rte", None, cache_dir=tmp_path)
+        assert train == dev["dev"] == [({"a": "It pours .", "b": "It rains ."}, 1)] and source == task.url
+        (tmp_path / "GLUE" / "RTE" / "RTE.zip").unlink(missing_ok=True)          # not needed any more
+    assert len(server.requests) == 1
+    assert sorted(path.name for path in (tmp_path / "GLUE" / "RTE").iterdir()) == ["dev.tsv", "train.tsv"]
+
+
+def test_mrpc_is_downloaded_as_it_is_published(server, tmp_path, monkeypatch):
+    header = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
+    server.plans |= {"/train.txt": [f"{header}1\t1\t2\tA .\tB .\n0\t3\t4\tC .\tD .\n".encode()], "/ids": [b"3\t4\n"]}
+    monkeypatch.setitem(data.TASKS, "mrpc", replace(data.TASKS["mrpc"], url=f"{server.url}/train.txt", sha256=None,
+                                                    dev_ids=(f"{server.url}/ids", None)))
+    train, dev, _ = data.load_task("mrpc", None, cache_dir=tmp_path)
+    assert train == [({"a": "A .", "b": "B ."}, 1)] and dev == {"dev": [({"a": "C .", "b": "D ."}, 0)]}
+
+
+def test_a_download_that_fails_points_to_files_of_ones_own(server, tmp_path, monkeypatch):
+    monkeypatch.setitem(data.TASKS, "rte", replace(data.TASKS["rte"], url=f"{server.url}/RTE.zip"))
+    (tmp_path / "GLUE" / "RTE").mkdir(parents=True)
+    refused(tmp_path, f"{server.url}/RTE.zip: HTTP Error 404.* --data DIR", data.load_task, "rte", None, cache_dir=tmp_path)
+    monkeypatch.setitem(data.TASKS, "mine", replace(data.TASKS["rte"], folder="mine", url=None))
+    refused(tmp_path, "nowhere to be downloaded from: .* --data DIR", data.load_task, "mine", None, cache_dir=tmp_path)
+
+
+def test_every_glue_task_has_an_https_url_and_a_checksum():
+    for task in data.TASKS.values():
+        for url, sha256 in [(task.url, task.sha256), *([task.dev_ids] if task.dev_ids else [])]:
+            assert url.startswith("https://dl.fbaipublicfiles.com/") and re.fullmatch("[0-9a-f]{64}", sha256)
