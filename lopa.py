@@ -325,8 +325,8 @@ class LoRALinear(nn.Module):
         self.B = nn.Parameter(torch.zeros(parts, out_features // parts, rank))
 
     def forward(self, x: Tensor) -> Tensor:
-        low = torch.einsum("pri,...i->...pr", self.A, x)               # (..., parts, r)
-        update = 2 * torch.einsum("por,...pr->...po", self.B, low)     # Eq. (12): (..., parts, out / parts)
+        low = torch.einsum("pri,...i->...pr", self.A.to(x.dtype), x)   # (..., parts, r)
+        update = 2 * torch.einsum("por,...pr->...po", self.B.to(x.dtype), low)         # Eq. (12): (..., parts, out / parts)
         return self.linear(x) + update.flatten(-2)
 
     def merged(self) -> nn.Linear:

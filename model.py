@@ -154,6 +154,7 @@ class InstanceEncoder(nn.Module):
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Tokens (B, T), right-padded, and lengths (B,) -> h (B, d_h)."""
         hidden = self.gpt.hidden(self.gpt.embed(tokens), num_blocks=self.num_blocks)             # (B, T, d)
+        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))   # bfloat16 is too coarse to average in
         hidden = F.layer_norm(hidden, hidden.shape[-1:])               # no token outweighs the others
         real = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]                      # (B, T)
         mean = (hidden * real[..., None]).sum(dim=1) / lengths[:, None]                                    # (B, d)

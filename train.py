@@ -21,7 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -44,7 +44,16 @@ LEARNING_RATES = {
 }
 
 # ---------------------------------------------------------------------------------------------------------------
-# 1. The tiny GPT: pre-trained on the sample's text at first use, then kept under .cache/
+# 1. The frozen model: GPT-2's published weights, or the tiny GPT, pre-trained at first use and kept under .cache/
+
+
+def load_model(name: str, args: argparse.Namespace) -> tuple[GPT, data.tiktoken.Encoding, float]:
+    """(frozen model, its tokenizer, seconds of pre-training): "tiny", a GPT-2 by name, or a folder with its weights."""
+    if name == "tiny":
+        return tiny_gpt(args.pretrain_seed, args.cache, args.device)
+    gpt = GPT.from_pretrained(name, args.cache, dtype=getattr(torch, args.dtype))
+    return gpt.to(args.device), data.gpt2_tokenizer(), 0.0
+
 
 PRETRAINING = dict(steps=500, batch_size=48, window=64, lr=4e-3, warmup_steps=50, documents=20_000)
 
@@ -210,6 +219,7 @@ class Problem:
     source: str                          # which data this is
     test_name: str = "dev"
     pretrain_seconds: float = 0.0
+    more_tests: dict[str, tuple[data.Encoded, Tensor]] = field(default_factory=dict)      # mnli has two dev sets
 
     def hold_out(self, count: int) -> "Problem":
         """The last `count` training rows as the rows to score, the others to train on; dev is not in it."""
@@ -217,7 +227,7 @@ class Problem:
             raise ValueError(f"--holdout {count} leaves nothing of {len(self.train)} training rows: lower it")
         return replace(self, train=self.train[:-count], train_instances=self.train_instances[:-count],
                        test=self.train[-count:], test_instances=self.train_instances[-count:],
-                       test_name="held-out training rows")
+                       test_name="held-out training rows", more_tests={})
 
     def shuffled(self, seed: int) -> "Problem":
         """The control: every text gets the instance embedding of some other text."""
@@ -235,34 +245,46 @@ class Problem:
                     linear_probe=accuracy(probe, self.test.labels))
 
 
-def text_room(gpt: GPT, num_virtual_tokens: int, fusion: str) -> int:
+def prepare(args: argparse.Namespace) -> Problem:
+    """Read the data, load or pre-train the model, encode the texts, compute the instance embeddings."""
+    task = data.TASKS[args.task]
+    train_rows, dev_rows, source = data.load_task(args.task, args.data, args.max_train, sample=args.model == "tiny",
+                                                  cache_dir=args.cache)
+    gpt, tokenizer, pretrain_seconds = load_model(args.model, args)
+    label_ids = data.label_tokens(task, tokenizer).to(args.device)
+    encoder = load_encoder(args.encoder, gpt, args)
+    gpt.requires_grad_(False)
+    room = text_room(gpt, encoder, args.num_virtual_tokens, args.fusion)
+    train, *tests = (data.encode(task, rows, tokenizer, room).to(args.device) for rows in (train_rows, *dev_rows.values()))
+    train_instances = encoder.fit(instance_embeddings(encoder, train))
+    (name, (test, test_instances)), *more = zip(dev_rows, [(test, instance_embeddings(encoder, test)) for test in tests])
+    print(f"task {args.task}: {source}, {len(train)} training rows, {', '.join(f'{len(r)} {n}' for n, r in dev_rows.items())} rows")
+    if cut := sum(split.num_cut for split in (train, *tests)):
+        print(f"{cut} of {sum(map(len, (train, *tests)))} texts were cut to {room} tokens, to fit the context of "
+              f"{gpt.config.n_positions} together with the prompt")
+    if args.data and args.model == "tiny":
+        print("note: the tiny GPT has read a few thousand synthetic sentences and nothing else, so real text is beyond it "
+              "whatever the prompt; real text needs a model pre-trained on real text: --model gpt2")
+    problem = Problem(gpt, encoder, tokenizer, label_ids, train, test, train_instances, test_instances, source, name,
+                      pretrain_seconds, dict(more))
+    return problem.hold_out(args.holdout) if args.holdout else problem
+
+
+def load_encoder(name: str | None, gpt: GPT, args: argparse.Namespace) -> InstanceEncoder:
+    """The instance encoder: the frozen model itself, or another GPT-2 that reads the same tokens."""
+    other = load_model(name, args)[0] if name else gpt
+    if other.config.vocab_size != gpt.config.vocab_size:
+        raise ValueError(f"encoder {name} has {other.config.vocab_size} tokens and the model {gpt.config.vocab_size}: "
+                         "they have to share a tokenizer")
+    return InstanceEncoder(other)
+
+
+def text_room(gpt: GPT, encoder: InstanceEncoder, num_virtual_tokens: int, fusion: str) -> int:
     """How many tokens of text fit into the context behind the prompt. Raises ValueError if none do."""
     context, m = gpt.config.n_positions, num_virtual_tokens * (2 if fusion == "concat" else 1)
     if m >= context:
         raise ValueError(f"{m} prompt tokens leave no room for text in a context of {context}: lower --num-virtual-tokens")
-    return context - m
-
-
-def prepare(args: argparse.Namespace) -> Problem:
-    """Read the data, load or pre-train the model, encode the texts, compute the instance embeddings."""
-    task = data.TASKS[args.task]
-    train_rows, dev_rows, source = data.load_task(args.task, args.data, args.max_train)
-    gpt, tokenizer, pretrain_seconds = tiny_gpt(args.pretrain_seed, args.cache, args.device)
-    label_ids = data.label_tokens(task, tokenizer).to(args.device)
-    room = text_room(gpt, max(args.num_virtual_tokens, 25 if args.ablate else 0), "concat" if args.ablate else args.fusion)
-    train, dev = (data.encode(task, rows, tokenizer, room).to(args.device) for rows in (train_rows, dev_rows))
-    encoder = InstanceEncoder(gpt)                                     # freezes the GPT
-    train_instances = encoder.fit(instance_embeddings(encoder, train))
-    problem = Problem(gpt, encoder, tokenizer, label_ids, train, dev, train_instances, instance_embeddings(encoder, dev),
-                      source, pretrain_seconds=pretrain_seconds)
-    print(f"task {args.task}: {source}, {len(train)} training rows, {len(dev)} dev rows")
-    if cut := train.num_cut + dev.num_cut:
-        print(f"{cut} of {len(train) + len(dev)} texts were cut to {room} tokens, to fit the context of "
-              f"{gpt.config.n_positions} together with the prompt")
-    if args.data:
-        print("note: the tiny GPT has read a few thousand synthetic sentences and nothing else, so real text is beyond "
-              "it whatever the prompt; real text needs a model pre-trained on real text, such as GPT-2")
-    return problem.hold_out(args.holdout) if args.holdout else problem
+    return min(context - m, encoder.gpt.config.n_positions)
 
 
 def train_epochs(model: Adapted, split: data.Encoded, instances: Tensor, *, epochs: int, batch_size: int, lr: float,
@@ -359,15 +381,14 @@ def load_adapter(folder: str | Path) -> dict:
     return adapter
 
 
-def restore(adapter: dict, gpt: GPT, label_ids: Tensor) -> tuple[Adapted, InstanceEncoder]:
-    """An adapter, and the GPT it was trained on -> (adapted model, instance encoder).
+def restore(adapter: dict, gpt: GPT, encoder: InstanceEncoder, label_ids: Tensor) -> Adapted:
+    """An adapter, and the frozen model and encoder that it was trained on -> the adapted model; fits the encoder too.
 
     Raises ValueError for another model and for missing, unexpected or misshapen tensors.
     """
     if adapter["fingerprint"] != gpt.fingerprint():
         raise ValueError(f"this adapter was trained on another model ({adapter['fingerprint']}) than the one "
                          f"at hand ({gpt.fingerprint()}): use that model or train again")
-    encoder = InstanceEncoder(gpt)
     encoder.mean, encoder.std = (adapter[name].to(label_ids.device) for name in ("instance_mean", "instance_std"))
     model = Adapted(gpt, encoder, label_ids, **adapter["model_options"])
     wanted, found = model.trained(), adapter["tensors"]
@@ -377,7 +398,7 @@ def restore(adapter: dict, gpt: GPT, label_ids: Tensor) -> tuple[Adapted, Instan
             raise ValueError(f"adapter tensor {name!r}: the method needs {shapes[0] or 'none'}, "
                              f"the file has {shapes[1] or 'none'}: the file is damaged, train again")
         wanted[name].data.copy_(found[name])
-    return model, encoder
+    return model
 
 
 def claim_folder(path: Path, config: dict) -> list[dict]:
@@ -401,8 +422,8 @@ def claim_folder(path: Path, config: dict) -> list[dict]:
 
 def configs(args: argparse.Namespace, problem: Problem) -> tuple[dict, dict]:
     """(what the problem is, the options of a run on it): together they say all that a result depends on."""
-    about = dict(task=args.task, data=problem.source, model=args.model, fingerprint=problem.gpt.fingerprint(),
-                 pretrain_seed=args.pretrain_seed, num_train=len(problem.train), num_scored=len(problem.test),
+    about = dict(task=args.task, data=problem.source, model=args.model, encoder=args.encoder or args.model, dtype=args.dtype,
+                 fingerprint=problem.gpt.fingerprint(), pretrain_seed=args.pretrain_seed, num_train=len(problem.train), num_scored=len(problem.test),
                  scored_on=problem.test_name, texts_cut=problem.train.num_cut + problem.test.num_cut)
     return about, {name: getattr(args, name) for name in (*MODEL_OPTIONS, "shuffle_instances", *TRAINING_OPTIONS)}
 
@@ -416,12 +437,12 @@ def run(args: argparse.Namespace) -> None:
     trainable, total = get_nb_trainable_parameters(model)
     before = problem.baselines()
     print("config: " + ", ".join(f"{name} {value}" for name, value in (about | options).items()))
-    print(f"trainable: {trainable:,} of {total:,} parameters; the instance encoder is the GPT itself"
-          + (", a copy that is trained too" if args.tune_encoder else ""))
+    print(f"trainable: {trainable:,} of {total:,} parameters; the instance encoder is {args.encoder or 'the model itself'}, "
+          + ("a copy, trained and counted too" if args.tune_encoder else "frozen"))
     print(f"before training, accuracy on {problem.test_name}: majority class {before['majority']:.3f}, zero-shot "
           f"{before['zero_shot']:.3f}, linear probe on the instance embedding {before['linear_probe']:.3f}")
     adapter = dict(format=ADAPTER_FORMAT, task_name=args.task, task=asdict(data.TASKS[args.task]) | {"sample": None},
-                   model=args.model, pretrain_seed=args.pretrain_seed, fingerprint=about["fingerprint"],
+                   **{name: about[name] for name in ("model", "encoder", "dtype", "pretrain_seed", "fingerprint")},
                    model_options={name: options[name] for name in MODEL_OPTIONS},
                    instance_mean=problem.encoder.mean.cpu(), instance_std=problem.encoder.std.cpu())
     metrics = [about | options]
@@ -437,7 +458,12 @@ def run(args: argparse.Namespace) -> None:
     except (KeyboardInterrupt, FloatingPointError) as error:
         kept = f"{out} holds the adapter after epoch {len(metrics) - 1}" if len(metrics) > 1 else "nothing was saved yet"
         raise type(error)(f"{str(error) or 'interrupted'}; {kept}") from None
-    result = about | options | before | dict(
+    scores = {f"accuracy_{name}": accuracy(predict(model, split, h), split.labels)
+              for name, (split, h) in problem.more_tests.items()}
+    if "f1" in data.TASKS[args.task].metrics:
+        probabilities = predict(model, problem.test, problem.test_instances)
+        scores["f1"] = data.f1(probabilities.argmax(dim=-1), problem.test.labels)
+    result = about | options | before | scores | dict(
         accuracy=line["accuracy"], trainable_parameters=trainable, total_parameters=total, train_seconds=line["seconds"],
         pretrain_seconds=problem.pretrain_seconds, torch=torch.__version__, device=args.device)
     save_file(out / "result.json", result)
@@ -454,10 +480,12 @@ def predict_text(args: argparse.Namespace) -> None:
     if len(texts) != len(task.fields):
         raise ValueError(f"--predict got {len(texts)} texts, task {adapter['task_name']} takes {len(task.fields)} "
                          f"({', '.join(task.fields)}): separate them with a tab")
-    gpt, tokenizer, _ = tiny_gpt(adapter["pretrain_seed"], args.cache, args.device)
-    model, encoder = restore(adapter, gpt, data.label_tokens(task, tokenizer).to(args.device))
+    args.pretrain_seed, args.dtype = adapter["pretrain_seed"], adapter["dtype"]
+    gpt, tokenizer, _ = load_model(adapter["model"], args)
+    encoder = load_encoder(None if adapter["encoder"] == adapter["model"] else adapter["encoder"], gpt, args)
+    model = restore(adapter, gpt, encoder, data.label_tokens(task, tokenizer).to(args.device))
     options = adapter["model_options"]
-    room = text_room(gpt, options["num_virtual_tokens"], options["fusion"])
+    room = text_room(gpt, encoder, options["num_virtual_tokens"], options["fusion"])
     split = data.encode(task, [(dict(zip(task.fields, texts)), 0)], tokenizer, room).to(args.device)
     probabilities = predict(model, split, instance_embeddings(encoder, split))[0]
     print("\t".join([task.label_names[probabilities.argmax()],
@@ -524,8 +552,10 @@ def study(args: argparse.Namespace) -> None:
 
 def default_folder(args: argparse.Namespace) -> str:
     """runs/TASK-METHOD-MODEL-seedN, and what else was asked for, so that different runs get different folders."""
-    kind = "compare" if args.compare else "ablate" if args.ablate else f"{args.method}-{args.model}-seed{args.seed}"
+    kind = "compare" if args.compare else "ablate" if args.ablate else f"{args.method}-{Path(args.model).name}-seed{args.seed}"
     name = f"{args.task}-{kind}"
+    if kind in ("compare", "ablate") and args.model != "tiny":
+        name += f"-{Path(args.model).name}"
     if args.data:
         name += f"-{Path(args.data).resolve().name}"
     for flag in args.changed:
@@ -556,8 +586,9 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--task", choices=data.TASKS, help="an entry of TASKS in data.py")
     what.add_argument("--method", choices=LEARNING_RATES, default="lopa", metavar="METHOD",
                       help=f"one of {', '.join(LEARNING_RATES)} (default: lopa)")
-    what.add_argument("--model", choices=["tiny"], default="tiny",
-                      help="the frozen model; tiny is pre-trained at first use (default: tiny)")
+    what.add_argument("--model", default="tiny", metavar="MODEL", help="the frozen model: tiny, pre-trained at first use; gpt2, "
+                      "gpt2-medium, gpt2-large, gpt2-xl, downloaded; or a folder with GPT-2 weights (default: tiny)")
+    what.add_argument("--encoder", metavar="MODEL", help="another model for the instance embedding (default: the same)")
     what.add_argument("--data", metavar="DIR", help="folder of GLUE files instead of the built-in sample")
     what.add_argument("--max-train", type=positive(int), metavar="N", help="use N random training rows")
     what.add_argument("--out", metavar="DIR", help="run folder (default: a name under runs/ that says what is in it)")
@@ -572,9 +603,10 @@ def build_parser() -> argparse.ArgumentParser:
                      help="deviation of Z_S at the start (default: 1, as in the released code)")
     how.add_argument("--num-virtual-tokens", type=positive(int), default=10, metavar="m", help="default: 10")
     how.add_argument("--rank", type=positive(int), default=4, metavar="r", help="of U and V (default: 4)")
-    how.add_argument("--hidden-dim", type=positive(int), default=64, metavar="H", help="of LoPA's heads (default: 64)")
+    how.add_argument("--hidden-dim", type=positive(int), metavar="H",
+                     help="of the heads (default: 64 for tiny, else 256)")
     how.add_argument("--fusion", choices=FUSIONS, default="gate", help="how Z_S and Z_I meet in LoPA (default: gate)")
-    how.add_argument("--dropout", type=float, default=0.0, help="on h; the released code has 0.1 (default: 0)")
+    how.add_argument("--dropout", type=float, help="on h (default: 0 for tiny, whose h is 64 numbers; else 0.1 as released)")
 
     how.add_argument("--phm", type=positive(int), default=0, metavar="n", help="IDPG with sums of n Kronecker products")
     how.add_argument("--tune-encoder", action="store_true",
@@ -598,9 +630,11 @@ def build_parser() -> argparse.ArgumentParser:
     use.add_argument("--adapter", metavar="DIR", help="run folder to predict with")
 
     machine = parser.add_argument_group("machine")
+    machine.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
+                         help="of the frozen GPT-2; what is trained stays float32 (default: float32)")
     machine.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: auto")
     machine.add_argument("--cache", metavar="DIR", default=str(Path(__file__).parent / ".cache"),
-                         help="where the pre-trained tiny GPT is kept (default: .cache beside train.py)")
+                         help="where models and data are kept (default: .cache beside train.py)")
     return parser
 
 
@@ -611,6 +645,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--predict TEXT and --adapter DIR go together")
     if args.task is None and args.predict is None:
         parser.error(f"name a task: --task {' or '.join(data.TASKS)}")
+    tiny = args.model == "tiny"
+    args.hidden_dim = args.hidden_dim or (64 if tiny else 256)
+    args.dropout = args.dropout if args.dropout is not None else 0.0 if tiny else 0.1
     if not 0 <= args.dropout < 1:
         parser.error(f"argument --dropout: {args.dropout} is not between 0 and 1")
     named = {"task", "method", "model", "data", "out", "seed", "predict", "adapter", "device", "cache", "compare", "ablate",

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import data
 import train
+from model import InstanceEncoder
 
 RUNS = {method: Path("runs") / f"sst2-{method}-tiny-seed0" for method in ("lopa", "pt")}
 SENTENCES = ["the plot is witty", "the plot is dull", "the plot is not dull"]
@@ -73,13 +74,15 @@ def training_curves():
 
 
 def adapted(method):
-    """(adapted model, h of SENTENCES), from the saved run"""
+    """(adapted model, h of SENTENCES, probabilities), from the saved run"""
     adapter = train.load_adapter(RUNS[method])
     gpt, tokenizer, _ = train.tiny_gpt(adapter["pretrain_seed"], ROOT / ".cache", "cpu")
     task = data.Task(**adapter["task"])
-    model, encoder = train.restore(adapter, gpt, data.label_tokens(task, tokenizer))
+    encoder = InstanceEncoder(gpt)
+    model = train.restore(adapter, gpt, encoder, data.label_tokens(task, tokenizer))
     split = data.encode(task, [({"sentence": sentence}, 0) for sentence in SENTENCES], tokenizer, 100)
-    return model.eval(), train.instance_embeddings(encoder, split), train.predict(model, split, train.instance_embeddings(encoder, split))
+    instances = train.instance_embeddings(encoder, split)
+    return model.eval(), instances, train.predict(model, split, instances)
 
 
 @torch.no_grad()

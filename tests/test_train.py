@@ -71,7 +71,8 @@ def test_a_reloaded_adapter_gives_identical_probabilities(tiny, tmp_path, monkey
     monkeypatch.setattr(train, "predict", lambda *a, predict=train.predict: seen.append(predict(*a)) or seen[-1])
     train.main([*QUICK, "--epochs", "1", *flags.split(), "--out", str(tmp_path)])
     adapter, task = train.load_adapter(tmp_path), data.TASKS["sst2"]
-    model, encoder = train.restore(adapter, gpt, data.label_tokens(task, tokenizer))
+    encoder = InstanceEncoder(gpt)
+    model = train.restore(adapter, gpt, encoder, data.label_tokens(task, tokenizer))
     split = data.encode(task, data.sst2_sample()[1], tokenizer, 100)
     assert torch.equal(train.predict(model, split, train.instance_embeddings(encoder, split)), seen[-2])
     fingerprint = gpt.fingerprint()
@@ -151,7 +152,7 @@ def test_holding_out_scores_training_rows_and_dev_changes_nothing(tiny, tmp_path
     rows, dev = data.sst2_sample()
     results = []
     for name, dev_rows in (("with", dev), ("without", [({"sentence": "the plot is dull"}, 1)])):
-        monkeypatch.setattr(data, "load_task", lambda *_: (rows, dev_rows, "sample"))
+        monkeypatch.setattr(data, "load_task", lambda *_, **__: (rows, {"dev": dev_rows}, "sample"))
         train.main(["--task", "sst2", "--epochs", "1", "--holdout", "3800", "--out", str(tmp_path / name)])
         results.append(json.loads((tmp_path / name / "result.json").read_text()))
     first, second = results
@@ -251,7 +252,8 @@ def test_a_damaged_adapter_and_one_with_code_in_it_are_refused(capsys, tmp_path)
     ("--task sst2 --method lora2", "argument --method: invalid choice: 'lora2'"),
     ("--task sst2 --compare --methods lopa,lora2", "argument --methods: lora2 is none of pt, dpt"),
     ("--task sst2 --method idpg --phm 7", "phm 7 has to divide both widths, 64 and 64"),
-    ("", "name a task: --task sst2 or rte"),
+    ("", "name a task: --task sst2 or mnli"),
+    ("--task mnli", "mnli"),
     ("--task sst2 --rank 0", "argument --rank: 0 is not a positive number"),
     ("--task sst2 --num-virtual-tokens -3", "argument --num-virtual-tokens: -3 is not a positive number"),
     ("--task sst2 --lr nan", "argument --lr: nan is not a positive number"),
