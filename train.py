@@ -38,9 +38,9 @@ ADAPTER_FORMAT = 1
 # Learning rates to try, three for each method; the middle one is the default. `--compare` chooses among them on a slice
 # of the training split.
 LEARNING_RATES = {
-    "lopa": (1e-3, 3e-3, 1e-2), "idpg": (1e-3, 3e-3, 1e-2), "residual": (1e-3, 3e-3, 1e-2),
-    "pt": (3e-2, 1e-1, 3e-1), "dpt": (1e-2, 3e-2, 1e-1), "bpt": (1e-2, 3e-2, 1e-1),
-    "dept": (1e-2, 3e-2, 1e-1), "adept": (1e-2, 3e-2, 1e-1), "lora": (1e-3, 3e-3, 1e-2), "full": (3e-4, 1e-3, 3e-3),
+    "lopa": (1e-3, 3e-3, 1e-2), "idpg": (3e-3, 1e-2, 3e-2), "residual": (3e-3, 1e-2, 3e-2),
+    "pt": (3e-2, 1e-1, 3e-1), "dpt": (1e-2, 3e-2, 1e-1), "bpt": (3e-3, 1e-2, 3e-2),
+    "dept": (1e-2, 3e-2, 1e-1), "adept": (3e-3, 1e-2, 3e-2), "lora": (1e-3, 3e-3, 1e-2), "full": (3e-4, 1e-3, 3e-3),
 }
 
 # ---------------------------------------------------------------------------------------------------------------
