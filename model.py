@@ -258,7 +258,8 @@ def read_weights(path: Path, wanted: dict[str, Tensor], dtype: torch.dtype) -> d
         weights[name] = (tensor.T if name.endswith(TRANSPOSED) else tensor).to(dtype)
     for name in wanted.keys() - weights.keys():
         raise ValueError(f"{path}: tensor {name!r} is missing, config.json asks for {list(wanted[name].shape)}")
-    if not torch.equal(weights.pop("lm_head.weight", weights["wte.weight"]), weights["wte.weight"]):
+    head = weights.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(head, weights["wte.weight"]):
         raise ValueError(f"{path}: lm_head.weight differs from wte.weight, but this model uses one table for both")
     return weights
 
@@ -316,7 +317,8 @@ def parse_entry(path: Path, name: str, entry, size: int) -> tuple[int, int, str,
     entry = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or not whole_numbers(shape, 1) or not whole_numbers(offsets, 0) or len(offsets) != 2:
-        raise ValueError(f"{path}: tensor {name!r} needs dtype, shape and two data_offsets, all within {size} bytes")
+        raise ValueError(f"{path}: tensor {name!r} needs dtype, shape and two data_offsets, all within {size} bytes: "
+                         "download it again")
     if dtype not in DTYPES:
         raise ValueError(f"{path}: tensor {name!r} has dtype {dtype!r}, which is none of {', '.join(DTYPES)}")
     return *offsets, name, shape, dtype
