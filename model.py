@@ -7,14 +7,23 @@ after the embedding and before the blocks; that is why the forward pass comes in
     embed    tokens (B, T)            -> token_embeds (B, T, d)
     hidden   inputs_embeds (B, T, d)  -> last hidden states (B, T, d)
     logits   hidden states (..., d)   -> logits (..., vocab_size), only where they are needed
+
+`GPT.from_pretrained` reads the published weights; the readers of their files stand at the end of this file.
 """
 
 import hashlib
+import json
+import math
+import mmap
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
 @dataclass
@@ -37,16 +46,24 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, at: Tensor | None = None) -> Tensor:
-        """x (B, T, d) -> (B, T, d); with positions `at` (B,), what attention gives there alone, (B, 1, d)."""
+    def forward(self, x: Tensor, at: Tensor | None = None, past: list[Tensor] | None = None) -> Tensor:
+        """x (B, T, d) -> (B, T, d); with positions `at` (B,), what attention gives there alone, (B, 1, d).
+
+        `past`, when generating, holds the keys and values of the positions before x; those of x join them.
+        """
         B, T, d = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)
+        if past is not None:
+            if past:
+                k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)   # (B, n_head, past + T, ...)
+            past[:] = k, v
         # Causal, and padding stands on the right: no real token can see it, so no other mask is needed.
         mask = None
         if at is not None:
-            q = q[torch.arange(B), :, at, None]                        # (B, n_head, 1, d / n_head)
+            q = q[torch.arange(B, device=x.device), :, at, None]       # (B, n_head, 1, d / n_head)
             mask = (torch.arange(T, device=x.device) <= at[:, None])[:, None, None]      # (B, 1, 1, T)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=at is None)
+        # A single position is the last one, and sees everything, or what the mask says.
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=q.shape[2] > 1)
         return self.c_proj(x.transpose(1, 2).flatten(2))
 
 
@@ -68,11 +85,11 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, at: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, at: Tensor | None = None, past: list[Tensor] | None = None) -> Tensor:
         """x (B, T, d) -> (B, T, d); with positions `at` (B,), the states there alone, (B, 1, d)."""
-        attended = self.attn(self.ln_1(x), at)
+        attended = self.attn(self.ln_1(x), at, past)
         if at is not None:
-            x = x[torch.arange(len(x)), at, None]                      # (B, 1, d)
+            x = x[torch.arange(len(x), device=x.device), at, None]     # (B, 1, d)
         x = x + attended
         return x + self.mlp(self.ln_2(x))
 
@@ -95,22 +112,49 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
+    @classmethod
+    def from_pretrained(cls, name_or_dir: str | Path, cache_dir: str | Path = ".cache",
+                        dtype: torch.dtype = torch.float32) -> "GPT":
+        """GPT-2 by name (see PUBLISHED; downloaded once, into cache_dir/NAME) or from a folder that transformers wrote.
+
+        Such a folder holds config.json and model.safetensors or pytorch_model.bin. ValueError: one of them is missing
+        or damaged, they do not fit together, or they are another architecture's.
+        """
+        folder = Path(name_or_dir)
+        if name_or_dir in PUBLISHED:
+            folder = Path(cache_dir) / name_or_dir
+            for file in ("config.json", "model.safetensors"):
+                data.download(f"https://huggingface.co/openai-community/{name_or_dir}/resolve/main/{file}", folder / file)
+        paths = [path for file in ("model.safetensors", "pytorch_model.bin") if (path := folder / file).is_file()]
+        if not paths or not (folder / "config.json").is_file():
+            raise ValueError(f"{folder} does not hold config.json and model.safetensors or pytorch_model.bin: "
+                             f"name a folder that does, or one of {', '.join(PUBLISHED)}")
+        with torch.device("meta"):                                     # shapes alone; the file brings the memory
+            gpt = cls(read_config(folder / "config.json"))
+        gpt.load_state_dict(read_weights(paths[0], gpt.state_dict(), dtype), assign=True)
+        return gpt
+
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids (B, T) -> token embeddings X_e (B, T, d), without positions: `hidden` adds those."""
         return self.wte(tokens)
 
-    def hidden(self, inputs_embeds: Tensor, num_blocks: int | None = None) -> Tensor:
+    def hidden(self, inputs_embeds: Tensor, num_blocks: int | None = None,
+               past: list[list[Tensor]] | None = None) -> Tensor:
         """Embedded input (B, T, d) -> last hidden states (B, T, d). A prompt in front shifts the text's positions.
 
-        With `num_blocks`, the raw states after that many blocks. ValueError: longer than the context.
+        With `num_blocks`, the raw states after that many blocks. `past`, at first an empty list for each block, fills
+        with keys and values; from then on the input is the one next position. ValueError: longer than the context.
         """
         T = inputs_embeds.shape[1]
-        if T > self.config.n_positions:
-            raise ValueError(f"input of {T} tokens > context {self.config.n_positions}: "
+        start = past[0][0].shape[2] if past and past[0] else 0
+        if start + T > self.config.n_positions:
+            raise ValueError(f"input of {start + T} tokens > context {self.config.n_positions}: "
                              "lower num_virtual_tokens or cut the text")
-        x = inputs_embeds + self.wpe.weight[:T]                        # (B, T, d) + (T, d)
-        for block in self.h[:num_blocks]:
-            x = block(x)
+        if start and T > 1:
+            raise ValueError(f"{T} positions after a past of {start}: pass them one by one")
+        x = inputs_embeds + self.wpe.weight[start:start + T]           # (B, T, d) + (T, d)
+        for block, block_past in zip(self.h[:num_blocks], past or [None] * len(self.h)):
+            x = block(x, past=block_past)
         return self.ln_f(x) if num_blocks is None else x
 
     def hidden_at(self, inputs_embeds: Tensor, positions: Tensor) -> Tensor:
@@ -129,11 +173,31 @@ class GPT(nn.Module):
         """Token ids (B, T) -> logits (B, T, vocab_size), as any language model."""
         return self.logits(self.hidden(self.embed(tokens)))
 
+    @torch.no_grad()
+    def generate(self, inputs_embeds: Tensor, max_new_tokens: int) -> Tensor:
+        """Embedded input (B, T, d), with a soft prompt in front or without -> the likeliest tokens (B, max_new_tokens).
+
+        All rows have the same length, because the next token is read at the last position; generate unequal ones
+        apart. ValueError: input and new tokens are longer than the context.
+        """
+        B, T, _ = inputs_embeds.shape
+        if T + max_new_tokens > self.config.n_positions:
+            raise ValueError(f"{T} input + {max_new_tokens} new tokens > context {self.config.n_positions}: "
+                             "lower max_new_tokens or cut the input")
+        tokens = torch.empty(B, 0, dtype=torch.long, device=inputs_embeds.device)
+        past = [[] for _ in self.h]
+        for _ in range(max_new_tokens):
+            last = self.hidden(inputs_embeds, past=past)[:, -1]        # (B, d)
+            tokens = torch.cat([tokens, self.logits(last).argmax(dim=-1, keepdim=True)], dim=1)
+            inputs_embeds = self.embed(tokens[:, -1:])                 # (B, 1, d): the rest is in `past`
+        return tokens
+
     def fingerprint(self) -> str:
         """Twelve hex digits that tell this model's weights from any other's; an adapter fits one model only."""
         digest = hashlib.sha256()
         for name, tensor in self.state_dict().items():
-            digest.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
+            digest.update(name.encode())
+            digest.update(tensor.cpu().float().contiguous().numpy())   # float: NumPy has no bfloat16
         return digest.hexdigest()[:12]
 
 
@@ -164,3 +228,136 @@ class InstanceEncoder(nn.Module):
         """Training split's embeddings (N, d_h), made before fitting -> the same, standardised from now on."""
         self.mean, self.std = instances.mean(dim=0), instances.std(dim=0).clamp(min=1e-6)
         return (instances - self.mean) / self.std
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reading pre-trained weights: whatever the files hold, the result is a model or a ValueError of one line.
+
+# Weights that GPT-2's files store the other way round, (in, out), for its own kind of linear layer.
+TRANSPOSED = ("c_attn.weight", "c_fc.weight", "c_proj.weight")
+# BOOL and U8 only because older files hold the causal mask in them.
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool, "U8": torch.uint8}
+MAX_HEADER = 2 ** 20      # bytes; gpt2-xl's is a tenth of that
+
+
+def read_config(path: Path) -> GPTConfig:
+    """config.json -> GPTConfig. ValueError: a size is missing or absurd, or the model computes something else."""
+    found = parse_object(path.read_bytes(), path)
+    sizes = {name: found.get(name) for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")}
+    for name, size in sizes.items():
+        limit = 1000 if name == "n_layer" else 1_000_000
+        if type(size) is not int or not 0 < size <= limit:
+            raise ValueError(f"{path}: {name} is missing or no whole number from 1 to {limit}")
+    if sizes["n_embd"] % sizes["n_head"]:
+        raise ValueError(f"{path}: n_embd {sizes['n_embd']} is no multiple of n_head {sizes['n_head']}")
+    epsilon = found.get("layer_norm_epsilon", 1e-5)
+    if type(epsilon) is not float or not 0 < epsilon < 1:
+        raise ValueError(f"{path}: layer_norm_epsilon is no number between 0 and 1")
+    computed = {"model_type": ["gpt2"], "activation_function": ["gelu_new"], "n_inner": [None, 4 * sizes["n_embd"]],
+                "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False]}
+    for name, values in computed.items():
+        if name in found and found[name] not in values:
+            raise ValueError(f"{path}: {name} is not {' or '.join(map(repr, values))}: another model than GPT-2")
+    return GPTConfig(**sizes, layer_norm_epsilon=epsilon)
+
+
+def read_weights(path: Path, wanted: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """A file's tensors under our names, in our layout and `dtype`: exactly those `wanted`, or ValueError."""
+    weights = {}
+    for stored_name, tensor in (read_safetensors if path.suffix == ".safetensors" else read_bin)(path):
+        name = stored_name.removeprefix("transformer.")                # files come with it and without
+        if name.endswith((".attn.bias", ".attn.masked_bias")):
+            continue                                                   # the causal mask: older files hold it too
+        if name in weights:
+            raise ValueError(f"{path}: tensor {name!r} is there twice, with transformer. before it and without")
+        like = wanted.get("wte.weight" if name == "lm_head.weight" else name)
+        needed = None if like is None else list(like.shape)[::-1 if name.endswith(TRANSPOSED) else 1]
+        if list(tensor.shape) != needed or not tensor.is_floating_point():
+            raise ValueError(f"{path}: tensor {stored_name!r} is {list(tensor.shape)} of {tensor.dtype}, config.json "
+                             f"asks for {needed or 'no such tensor'}: is it another model's?")
+        weights[name] = (tensor.T if name.endswith(TRANSPOSED) else tensor).to(dtype)
+    for name in wanted.keys() - weights.keys():
+        raise ValueError(f"{path}: tensor {name!r} is missing, config.json asks for {list(wanted[name].shape)}")
+    head = weights.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(head, weights["wte.weight"]):
+        raise ValueError(f"{path}: lm_head.weight differs from wte.weight, but this model uses one table for both")
+    return weights
+
+
+def read_bin(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of a file that torch.save wrote. ValueError for a damaged one and for one with code in it."""
+    try:                                           # no mmap=True: it refuses the format of GPT-2's years, before 2020
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                     # torch.load raises half a dozen types for a damaged file
+        raise ValueError(f"{path}: no saved weights ({type(error).__name__}): save or download it again") from None
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise ValueError(f"{path}: holds something else than tensors by name: save a state_dict")
+    for name in list(tensors):
+        yield str(name), tensors.pop(name)         # pop: nothing but the reader's last tensor is in memory twice
+
+
+def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of a safetensors file: views of the mapped file, which is read from disk where they are used.
+
+    The file is the header's length (8 bytes, little-endian), the header, and the numbers without a gap; the header is
+    JSON, {name: {dtype, shape, data_offsets}}. ValueError, with file and tensor, for whatever does not fit together.
+    """
+    with open(path, "rb") as file:
+        size, start = path.stat().st_size, 8 + int.from_bytes(file.read(8), "little")
+        if not start <= min(size, MAX_HEADER):
+            raise ValueError(f"{path}: {size} bytes, its header {start - 8}: no safetensors file, download it again")
+        header = parse_object(file.read(start - 8), path)
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # training may write to it, never to the file
+    header.pop("__metadata__", None)
+    entries = sorted(parse_entry(path, name, entry, size) for name, entry in header.items())
+    expected = 0
+    for begin, end, name, shape, dtype in entries:
+        needed = math.prod(shape) * DTYPES[dtype].itemsize
+        if begin != expected or end - begin != needed:
+            raise ValueError(f"{path}: tensor {name!r} at bytes {begin} to {end}, but {shape} of {dtype} is {needed} "
+                             f"bytes and the tensor before it ends at {expected}")
+        expected = end
+    if start + expected != size:
+        raise ValueError(f"{path}: {size} bytes, the header describes {start + expected}: download it again")
+    for begin, end, name, shape, dtype in entries:
+        tensor = torch.frombuffer(mapped, dtype=torch.uint8, count=end - begin, offset=start + begin)
+        if (start + begin) % DTYPES[dtype].itemsize:
+            tensor = tensor.clone()                # gpt2's own numbers begin at an odd byte, where no float may stand
+        yield name, tensor.view(DTYPES[dtype]).view(shape)
+        if hasattr(mapped, "madvise"):             # what was only copied leaves memory; a view reads its part again
+            mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def parse_entry(path: Path, name: str, entry, size: int) -> tuple[int, int, str, list[int], str]:
+    """One tensor's line of the header, of any type and content -> (begin, end, name, shape, dtype)."""
+    def whole_numbers(values, least: int) -> bool:                     # type(): True would be an instance of int
+        return (isinstance(values, list) and len(values) <= 8
+                and all(type(n) is int and least <= n <= size for n in values))
+
+    entry = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or not whole_numbers(shape, 1) or not whole_numbers(offsets, 0) or len(offsets) != 2:
+        raise ValueError(f"{path}: tensor {name!r} needs dtype, shape and two data_offsets, all within {size} bytes: "
+                         "download it again")
+    if dtype not in DTYPES:
+        raise ValueError(f"{path}: tensor {name!r} has dtype {dtype!r}, which is none of {', '.join(DTYPES)}")
+    return *offsets, name, shape, dtype
+
+
+def parse_object(text: bytes, path: Path) -> dict:
+    """A JSON object in which every name occurs once, or ValueError."""
+    def unique(pairs: list) -> dict:
+        names = {}
+        for name, value in pairs:
+            if name in names:
+                raise ValueError(f"{name!r} occurs twice")
+            names[name] = value
+        return names
+
+    try:
+        content = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not readable as JSON ({error}): download it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: JSON, but not an object: download it again")
+    return content
