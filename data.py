@@ -13,6 +13,7 @@ Negations and intensifiers are equally new to it: "I have not seen this word" do
 """
 
 import hashlib
+import json
 import os
 import random
 import re
@@ -518,7 +519,28 @@ def whole(path: Path, source: str) -> Iterator[BinaryIO]:
         os.replace(part, path)
     except OSError as error:
         raise OSError(f"{source} cannot be saved as {path} ({error.strerror or error}): "
-                      "make room, or name a folder that can be written with --cache DIR") from None
+                      "make room, or name a folder that can be written with --cache DIR or --out DIR") from None
     finally:
         if part.exists():
             part.unlink()
+
+
+def save_file(path: Path, content) -> None:
+    """Save tensors and plain values, or text for `.json` and `.jsonl`; `path` is whole at any moment."""
+    with whole(path, "the result") as file:
+        if path.suffix == ".json":
+            file.write((json.dumps(content, indent=1) + "\n").encode())
+        elif path.suffix == ".jsonl":
+            file.write("".join(json.dumps(line) + "\n" for line in content).encode())
+        else:
+            torch.save(content, file)
+
+
+def load_file(path: Path):
+    """A file of tensors and plain values. Raises ValueError if it is damaged or holds anything else, such as code."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:           # torch.load raises half a dozen types for a damaged file
+        raise ValueError(f"{path} cannot be read as saved weights ({type(error).__name__}): delete it and run again") from None

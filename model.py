@@ -15,13 +15,17 @@ import hashlib
 import json
 import math
 import mmap
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
+
+import data
 
 PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
@@ -228,6 +232,71 @@ class InstanceEncoder(nn.Module):
         """Training split's embeddings (N, d_h), made before fitting -> the same, standardised from now on."""
         self.mean, self.std = instances.mean(dim=0), instances.std(dim=0).clamp(min=1e-6)
         return (instances - self.mean) / self.std
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The tiny GPT: pre-trained on the sample's text at first use, then kept in the cache
+
+PRETRAINING = dict(steps=500, batch_size=48, window=64, lr=4e-3, warmup_steps=50, documents=20_000)
+
+
+def tiny_config(vocab_size: int) -> GPTConfig:
+    # GPT-2's initial std 0.02 is too small at width 64: pre-training stalls before it has learned polarity.
+    return GPTConfig(vocab_size, n_positions=128, n_embd=64, n_layer=2, n_head=4, initializer_range=0.08)
+
+
+def tiny_gpt(seed: int, cache_dir: str | Path, device: str) -> tuple[GPT, data.tiktoken.Encoding, float]:
+    """(tiny GPT, its tokenizer, seconds of pre-training, 0 if it came from the cache).
+
+    The cache file is named after all it was made from: the very tokens, the sizes, the recipe and the seed.
+    """
+    tokenizer = data.tiny_tokenizer()
+    token_ids = torch.tensor(tokenizer.encode_ordinary(data.pretraining_text(PRETRAINING["documents"])))
+    config = tiny_config(tokenizer.n_vocab)
+    made_from = json.dumps([asdict(config), PRETRAINING, seed]).encode() + token_ids.numpy().tobytes()
+    path = Path(cache_dir) / f"tiny-{hashlib.sha256(made_from).hexdigest()[:12]}.pt"
+    if path.exists():
+        gpt = GPT(config).to(device)
+        gpt.load_state_dict(data.load_file(path))
+        return gpt, tokenizer, 0.0
+    newline = tokenizer.encode_single_token("\n")
+    starts = torch.cat([torch.zeros(1, dtype=torch.long), (token_ids == newline).nonzero().flatten() + 1])
+    began = time.time()
+    gpt = pretrain(config, token_ids, starts, seed, device)
+    data.save_file(path, gpt.state_dict())
+    return gpt, tokenizer, time.time() - began
+
+
+def pretrain(config: GPTConfig, token_ids: Tensor, document_starts: Tensor, seed: int, device: str) -> GPT:
+    """An ordinary language model: predict each next token, in windows that begin where a document begins."""
+    recipe = PRETRAINING
+    torch.manual_seed(seed)
+    gpt = GPT(config).to(device)
+    optimizer = torch.optim.AdamW(gpt.parameters(), lr=recipe["lr"], weight_decay=0.01)
+    schedule = cosine_schedule(optimizer, recipe["warmup_steps"], recipe["steps"])
+    order = torch.Generator().manual_seed(seed)
+    window = torch.arange(recipe["window"] + 1)
+    starts = document_starts[document_starts + len(window) <= len(token_ids)]
+    progress = tqdm(range(recipe["steps"]), desc="pre-training the tiny GPT, once", disable=None)
+    for _ in progress:
+        picked = starts[torch.randint(len(starts), (recipe["batch_size"], 1), generator=order)]    # (B, 1)
+        batch = token_ids[picked + window].to(device)                  # (B, window + 1)
+        logits = gpt(batch[:, :-1])                                    # (B, window, vocab_size)
+        loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        progress.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+    return gpt
+
+
+def cosine_schedule(optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int):
+    """Learning-rate factor: linear from 0 to 1 over the warm-up, then half a cosine down to 0."""
+    def factor(step: int) -> float:
+        return min((step + 1) / max(warmup_steps, 1), 0.5 * (1 + math.cos(math.pi * step / total_steps)))
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -13,10 +13,8 @@ two yardsticks: lora adds to the model's weights, full trains all of them).
 
 import argparse
 import copy
-import hashlib
 import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -31,7 +29,7 @@ from tqdm import tqdm
 
 import data
 from lopa import FUSIONS, METHODS, add_lora, get_nb_trainable_parameters
-from model import GPT, GPTConfig, InstanceEncoder
+from model import GPT, InstanceEncoder, cosine_schedule, tiny_gpt
 
 ADAPTER_FORMAT = 1
 
@@ -49,72 +47,15 @@ LEARNING_RATES = {
 
 def load_model(name: str, args: argparse.Namespace) -> tuple[GPT, data.tiktoken.Encoding, float]:
     """(frozen model, its tokenizer, seconds of pre-training): "tiny", a GPT-2 by name, or a folder with its weights."""
+    seconds = 0.0
     if name == "tiny":
-        return tiny_gpt(args.pretrain_seed, args.cache, args.device)
-    gpt = GPT.from_pretrained(name, args.cache, dtype=getattr(torch, args.dtype))
-    return gpt.to(args.device), data.gpt2_tokenizer(), 0.0
-
-
-PRETRAINING = dict(steps=500, batch_size=48, window=64, lr=4e-3, warmup_steps=50, documents=20_000)
-
-
-def tiny_config(vocab_size: int) -> GPTConfig:
-    # GPT-2's initial std 0.02 is too small at width 64: pre-training stalls before it has learned polarity.
-    return GPTConfig(vocab_size, n_positions=128, n_embd=64, n_layer=2, n_head=4, initializer_range=0.08)
-
-
-def tiny_gpt(seed: int, cache_dir: str | Path, device: str) -> tuple[GPT, data.tiktoken.Encoding, float]:
-    """(tiny GPT, its tokenizer, seconds of pre-training, 0 if it came from the cache).
-
-    The cache file is named after all it was made from: the very tokens, the sizes, the recipe and the seed.
-    """
-    tokenizer = data.tiny_tokenizer()
-    token_ids = torch.tensor(tokenizer.encode_ordinary(data.pretraining_text(PRETRAINING["documents"])))
-    config = tiny_config(tokenizer.n_vocab)
-    made_from = json.dumps([asdict(config), PRETRAINING, seed]).encode() + token_ids.numpy().tobytes()
-    path = Path(cache_dir) / f"tiny-{hashlib.sha256(made_from).hexdigest()[:12]}.pt"
-    if path.exists():
-        gpt = GPT(config).to(device)
-        gpt.load_state_dict(load_file(path))
-        return gpt, tokenizer, 0.0
-    newline = tokenizer.encode_single_token("\n")
-    starts = torch.cat([torch.zeros(1, dtype=torch.long), (token_ids == newline).nonzero().flatten() + 1])
-    began = time.time()
-    gpt = pretrain(config, token_ids, starts, seed, device)
-    save_file(path, gpt.state_dict())
-    return gpt, tokenizer, time.time() - began
-
-
-def pretrain(config: GPTConfig, token_ids: Tensor, document_starts: Tensor, seed: int, device: str) -> GPT:
-    """An ordinary language model: predict each next token, in windows that begin where a document begins."""
-    recipe = PRETRAINING
-    torch.manual_seed(seed)
-    gpt = GPT(config).to(device)
-    optimizer = torch.optim.AdamW(gpt.parameters(), lr=recipe["lr"], weight_decay=0.01)
-    schedule = cosine_schedule(optimizer, recipe["warmup_steps"], recipe["steps"])
-    order = torch.Generator().manual_seed(seed)
-    window = torch.arange(recipe["window"] + 1)
-    starts = document_starts[document_starts + len(window) <= len(token_ids)]
-    progress = tqdm(range(recipe["steps"]), desc="pre-training the tiny GPT, once", disable=None)
-    for _ in progress:
-        picked = starts[torch.randint(len(starts), (recipe["batch_size"], 1), generator=order)]    # (B, 1)
-        batch = token_ids[picked + window].to(device)                  # (B, window + 1)
-        logits = gpt(batch[:, :-1])                                    # (B, window, vocab_size)
-        loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        progress.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
-    return gpt
-
-
-def cosine_schedule(optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int):
-    """Learning-rate factor: linear from 0 to 1 over the warm-up, then half a cosine down to 0."""
-    def factor(step: int) -> float:
-        return min((step + 1) / max(warmup_steps, 1), 0.5 * (1 + math.cos(math.pi * step / total_steps)))
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        gpt, tokenizer, seconds = tiny_gpt(args.pretrain_seed, args.cache, args.device)
+    else:
+        gpt, tokenizer = GPT.from_pretrained(name, args.cache, dtype=getattr(torch, args.dtype)), data.gpt2_tokenizer()
+    if gpt.config.vocab_size != tokenizer.n_vocab:
+        raise ValueError(f"{name} has {gpt.config.vocab_size} tokens, GPT-2's tokenizer {tokenizer.n_vocab}: "
+                         "name a model that was trained with it")
+    return gpt.to(args.device).requires_grad_(False).eval(), tokenizer, seconds
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -253,7 +194,6 @@ def prepare(args: argparse.Namespace) -> Problem:
     gpt, tokenizer, pretrain_seconds = load_model(args.model, args)
     label_ids = data.label_tokens(task, tokenizer).to(args.device)
     encoder = load_encoder(args.encoder, gpt, args)
-    gpt.requires_grad_(False)
     room = text_room(gpt, encoder, args.num_virtual_tokens, args.fusion)
     train, *tests = (data.encode(task, rows, tokenizer, room).to(args.device) for rows in (train_rows, *dev_rows.values()))
     train_instances = encoder.fit(instance_embeddings(encoder, train))
@@ -346,39 +286,18 @@ def fit(model: Adapted, problem: Problem, options: dict) -> Iterator[dict]:
 # 4. Files
 
 
-def save_file(path: Path, content) -> None:
-    """Write under a temporary name and rename, so that `path` is always whole. `.json` and `.jsonl` are text."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        if path.suffix == ".json":
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
-        elif path.suffix == ".jsonl":
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in content))
-        else:
-            torch.save(content, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def load_file(path: Path):
-    """A file of tensors and plain values. Raises ValueError if it is damaged or holds anything else, such as code."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:           # torch.load raises half a dozen types for a damaged file
-        raise ValueError(f"{path} cannot be read as saved weights ({type(error).__name__}): delete it and run again") from None
-
-
 def load_adapter(folder: str | Path) -> dict:
     """The content of DIR/adapter.pt, as `run` saved it."""
     path = Path(folder) / "adapter.pt"
-    adapter = load_file(path)
+    adapter = data.load_file(path)
     if not isinstance(adapter, dict) or adapter.get("format") != ADAPTER_FORMAT:
         raise ValueError(f"{path} is no adapter of format {ADAPTER_FORMAT}: train it again with this version")
     return adapter
+
+
+def fingerprint(gpt: GPT, encoder: InstanceEncoder) -> str:
+    """Of all frozen weights that an adapter depends on."""
+    return gpt.fingerprint() + ("" if encoder.gpt is gpt else "+" + encoder.gpt.fingerprint())
 
 
 def restore(adapter: dict, gpt: GPT, encoder: InstanceEncoder, label_ids: Tensor) -> Adapted:
@@ -386,9 +305,9 @@ def restore(adapter: dict, gpt: GPT, encoder: InstanceEncoder, label_ids: Tensor
 
     Raises ValueError for another model and for missing, unexpected or misshapen tensors.
     """
-    if adapter["fingerprint"] != gpt.fingerprint():
+    if adapter["fingerprint"] != fingerprint(gpt, encoder):
         raise ValueError(f"this adapter was trained on another model ({adapter['fingerprint']}) than the one "
-                         f"at hand ({gpt.fingerprint()}): use that model or train again")
+                         f"at hand ({fingerprint(gpt, encoder)}): use that model or train again")
     encoder.mean, encoder.std = (adapter[name].to(label_ids.device) for name in ("instance_mean", "instance_std"))
     model = Adapted(gpt, encoder, label_ids, **adapter["model_options"])
     wanted, found = model.trained(), adapter["tensors"]
@@ -423,7 +342,7 @@ def claim_folder(path: Path, config: dict) -> list[dict]:
 def configs(args: argparse.Namespace, problem: Problem) -> tuple[dict, dict]:
     """(what the problem is, the options of a run on it): together they say all that a result depends on."""
     about = dict(task=args.task, data=problem.source, model=args.model, encoder=args.encoder or args.model, dtype=args.dtype,
-                 fingerprint=problem.gpt.fingerprint(), pretrain_seed=args.pretrain_seed, num_train=len(problem.train), num_scored=len(problem.test),
+                 fingerprint=fingerprint(problem.gpt, problem.encoder), pretrain_seed=args.pretrain_seed, num_train=len(problem.train), num_scored=len(problem.test),
                  scored_on=problem.test_name, texts_cut=problem.train.num_cut + problem.test.num_cut)
     return about, {name: getattr(args, name) for name in (*MODEL_OPTIONS, "shuffle_instances", *TRAINING_OPTIONS)}
 
@@ -453,8 +372,8 @@ def run(args: argparse.Namespace) -> None:
                   f"{line['accuracy']:.3f}, {line['seconds']:.1f} s", flush=True)
             (out / "result.json").unlink(missing_ok=True)      # of an earlier, equal run: its adapter is gone now
             tensors = {name: tensor.detach().cpu() for name, tensor in model.trained().items()}
-            save_file(out / "adapter.pt", adapter | {"tensors": tensors})
-            save_file(out / "metrics.jsonl", metrics)
+            data.save_file(out / "adapter.pt", adapter | {"tensors": tensors})
+            data.save_file(out / "metrics.jsonl", metrics)
     except (KeyboardInterrupt, FloatingPointError) as error:
         kept = f"{out} holds the adapter after epoch {len(metrics) - 1}" if len(metrics) > 1 else "nothing was saved yet"
         raise type(error)(f"{str(error) or 'interrupted'}; {kept}") from None
@@ -466,7 +385,7 @@ def run(args: argparse.Namespace) -> None:
     result = about | options | before | scores | dict(
         accuracy=line["accuracy"], trainable_parameters=trainable, total_parameters=total, train_seconds=line["seconds"],
         pretrain_seconds=problem.pretrain_seconds, torch=torch.__version__, device=args.device)
-    save_file(out / "result.json", result)
+    data.save_file(out / "result.json", result)
     print(f"wrote {out}/adapter.pt, metrics.jsonl and result.json; to use it: "
           f'python train.py --adapter {out} --predict "..."')
     print(json.dumps(result))
@@ -522,16 +441,16 @@ def study(args: argparse.Namespace) -> None:
         model = build(problem, options | change)
         *_, last = fit(model, problem, options | change)
         lines.append(wanted | last | {"trainable_parameters": get_nb_trainable_parameters(model)[0]})
-        save_file(out / "runs.jsonl", lines)
+        data.save_file(out / "runs.jsonl", lines)
         print(f"  {stage} {len(lines) - 1}: {change}, accuracy {last['accuracy']:.3f}, {last['seconds']:.1f} s", flush=True)
         return lines[-1]
 
     held_out = problem.hold_out(len(problem.train) // 5)               # a fifth of the training split; dev stays unseen
     entries = ([(method, TRAINED[method], dict(method=method)) for method in args.methods] if args.compare
-               else [(name, "", change) for name, change in ABLATIONS])
+               else [(name, "", dict(method="lopa") | change) for name, change in ABLATIONS])
     rows = []
     for name, trained, change in entries:
-        trials = [finished("trial", held_out, **change, lr=lr, seed=0) for lr in LEARNING_RATES[change.get("method", "lopa")]]
+        trials = [finished("trial", held_out, **change, lr=lr, seed=0) for lr in LEARNING_RATES[change["method"]]]
         lr = max(trials, key=lambda trial: trial["accuracy"])["lr"]
         runs = [finished("seed", problem, **change, lr=lr, seed=seed) for seed in args.seeds]
         scores = [run["accuracy"] for run in runs]
@@ -645,15 +564,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--predict TEXT and --adapter DIR go together")
     if args.task is None and args.predict is None:
         parser.error(f"name a task: --task {' or '.join(data.TASKS)}")
+    named = {"task", "method", "model", "data", "out", "seed", "predict", "adapter", "device", "cache", "compare", "ablate",
+             "methods", "seeds"}
+    args.changed = [name for name, value in vars(args).items()
+                    if name not in named and value != parser.get_default(name)]
     tiny = args.model == "tiny"
     args.hidden_dim = args.hidden_dim or (64 if tiny else 256)
     args.dropout = args.dropout if args.dropout is not None else 0.0 if tiny else 0.1
     if not 0 <= args.dropout < 1:
         parser.error(f"argument --dropout: {args.dropout} is not between 0 and 1")
-    named = {"task", "method", "model", "data", "out", "seed", "predict", "adapter", "device", "cache", "compare", "ablate",
-             "methods", "seeds"}
-    args.changed = [name for name, value in vars(args).items()
-                    if name not in named and value != parser.get_default(name)]
     args.lr = args.lr or LEARNING_RATES[args.method][1]
     if unknown := set(args.methods) - set(TRAINED):
         parser.error(f"argument --methods: {', '.join(sorted(unknown))} is none of {', '.join(TRAINED)}")
@@ -679,7 +598,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
-        print(f"train.py: {interrupt or 'interrupted'}", file=sys.stderr)
+        print(f"train.py: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -21,8 +21,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import data
+import model as models
 import train
-from model import InstanceEncoder
 
 RUNS = {method: Path("runs") / f"sst2-{method}-tiny-seed0" for method in ("lopa", "pt")}
 SENTENCES = ["the plot is witty", "the plot is dull", "the plot is not dull"]
@@ -76,9 +76,9 @@ def training_curves():
 def adapted(method):
     """(adapted model, h of SENTENCES, probabilities), from the saved run"""
     adapter = train.load_adapter(RUNS[method])
-    gpt, tokenizer, _ = train.tiny_gpt(adapter["pretrain_seed"], ROOT / ".cache", "cpu")
+    gpt, tokenizer, _ = models.tiny_gpt(adapter["pretrain_seed"], ROOT / ".cache", "cpu")
     task = data.Task(**adapter["task"])
-    encoder = InstanceEncoder(gpt)
+    encoder = models.InstanceEncoder(gpt)
     model = train.restore(adapter, gpt, encoder, data.label_tokens(task, tokenizer))
     split = data.encode(task, [({"sentence": sentence}, 0) for sentence in SENTENCES], tokenizer, 100)
     instances = train.instance_embeddings(encoder, split)

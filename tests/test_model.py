@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import model
 from model import GPT, GPTConfig, InstanceEncoder
 
 
@@ -148,3 +149,17 @@ def test_the_encoder_freezes_its_model():
     gpt = GPT(GPTConfig(8, 4, 4, 1, 1))
     InstanceEncoder(gpt)
     assert not gpt.training and not any(p.requires_grad for p in gpt.parameters())
+
+
+# --- the tiny GPT -----------------------------------------------------------------------------------------------
+
+
+def test_the_pretrained_model_is_kept_and_its_name_follows_what_it_is_made_of(tmp_path, monkeypatch):
+    monkeypatch.setitem(model.PRETRAINING, "steps", 2)
+    first, _, seconds = model.tiny_gpt(0, tmp_path, "cpu")
+    again, _, no_seconds = model.tiny_gpt(0, tmp_path, "cpu")
+    assert seconds > 0 and no_seconds == 0 and first.fingerprint() == again.fingerprint()
+    model.tiny_gpt(1, tmp_path, "cpu")
+    monkeypatch.setitem(model.PRETRAINING, "lr", 1e-3)
+    model.tiny_gpt(0, tmp_path, "cpu")
+    assert len(list(tmp_path.iterdir())) == 3

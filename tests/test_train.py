@@ -187,17 +187,6 @@ def test_a_study_chooses_on_training_rows_scores_every_seed_and_continues_where_
     assert "holds another run: num_train is 200 there and 100 here" in refused(capsys, *flags, "--max-train", 100)
 
 
-def test_the_pretrained_model_is_kept_and_its_name_follows_what_it_is_made_of(tmp_path, monkeypatch):
-    monkeypatch.setitem(train.PRETRAINING, "steps", 2)
-    first, _, seconds = train.tiny_gpt(0, tmp_path, "cpu")
-    again, _, no_seconds = train.tiny_gpt(0, tmp_path, "cpu")
-    assert seconds > 0 and no_seconds == 0 and first.fingerprint() == again.fingerprint()
-    train.tiny_gpt(1, tmp_path, "cpu")
-    monkeypatch.setitem(train.PRETRAINING, "lr", 1e-3)
-    train.tiny_gpt(0, tmp_path, "cpu")
-    assert len(list(tmp_path.iterdir())) == 3
-
-
 # --- prediction ------------------------------------------------------------------------------------------------
 
 
