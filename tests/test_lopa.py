@@ -2,6 +2,8 @@
 
 import ast
 import math
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -45,6 +47,24 @@ def test_lopa_needs_torch_and_the_standard_library_alone():
     imported = {alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert imported <= sys.stdlib_module_names | {"torch"}
+
+
+def test_the_file_works_alone_beside_any_model_that_takes_embeddings(tmp_path):
+    shutil.copy(lopa.__file__, tmp_path)
+    (tmp_path / "use.py").write_text("""
+import sys
+sys.path.insert(0, '.')
+import torch
+from lopa import METHODS
+model = torch.nn.GRU(8, 5, batch_first=True).requires_grad_(False)
+for method in METHODS.values():
+    module = method(embed_dim=8, instance_dim=6, num_virtual_tokens=3, rank=2, hidden_dim=4)
+    states, _ = model(module(torch.randn(2, 7, 8), torch.randn(2, 6)))
+    assert states.shape == (2, 10, 5)
+    states.sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+""")
+    subprocess.run([sys.executable, "-I", "use.py"], cwd=tmp_path, check=True)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,5 +1,6 @@
 """train.py end to end, through the command line it ships with."""
 
+import copy
 import json
 import os
 import signal
@@ -185,6 +186,27 @@ def test_a_study_chooses_on_training_rows_scores_every_seed_and_continues_where_
     again = (tmp_path / "table.md").read_text()
     assert [row.split("|")[:5] for row in again.splitlines()] == [row.split("|")[:5] for row in table.splitlines()]
     assert "holds another run: num_train is 200 there and 100 here" in refused(capsys, *flags, "--max-train", 100)
+
+
+def test_one_pass_through_one_frozen_model_serves_rows_of_different_tasks_and_methods(tiny):
+    gpt, tokenizer = copy.deepcopy(tiny[0]).double(), tiny[1]
+    before = {name: tensor.clone() for name, tensor in gpt.state_dict().items()}
+    torch.manual_seed(0)
+    users = [("sst2", train.METHODS["lopa"](64, 64, 10, rank=4)), ("rte", train.METHODS["lopa"](64, 64, 7, rank=2)),
+             ("rte", train.METHODS["pt"](64)), ("sst2", train.METHODS["idpg"](64, 64, 3))]
+    rows, alone = [], []
+    for i, (task, prompt) in enumerate(users):
+        fields, _ = data.TASKS[task].sample()[1][i]
+        tokens, _ = data.encode_text(data.TASKS[task], fields, tokenizer, 100)
+        h = torch.randn(1, 64, dtype=torch.float64)
+        embeds = prompt.double().eval()(gpt.embed(torch.tensor([tokens])), h)          # (1, m_i + T_i, 64)
+        rows.append(embeds[0])
+        alone.append(gpt.logits(gpt.hidden(embeds))[:, -1])
+    assert len({len(row) for row in rows}) > 1
+    batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    together = gpt.logits(gpt.hidden_at(batch, torch.tensor([len(row) - 1 for row in rows])))
+    assert torch.allclose(together, torch.cat(alone), atol=1e-10)
+    assert all(torch.equal(before[name], tensor) for name, tensor in gpt.state_dict().items())
 
 
 # --- prediction ------------------------------------------------------------------------------------------------
