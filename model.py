@@ -27,7 +27,9 @@ from tqdm import tqdm
 
 import data
 
-PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+# Names under huggingface.co/openai-community, and the sha256 of model.safetensors where public files state one.
+PUBLISHED = {"gpt2": "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
+             "gpt2-medium": None, "gpt2-large": None, "gpt2-xl": None}
 
 
 @dataclass
@@ -127,8 +129,9 @@ class GPT(nn.Module):
         folder = Path(name_or_dir)
         if name_or_dir in PUBLISHED:
             folder = Path(cache_dir) / name_or_dir
-            for file in ("config.json", "model.safetensors"):
-                data.download(f"https://huggingface.co/openai-community/{name_or_dir}/resolve/main/{file}", folder / file)
+            url = f"https://huggingface.co/openai-community/{name_or_dir}/resolve/main/"
+            data.download(url + "config.json", folder / "config.json")
+            data.download(url + "model.safetensors", folder / "model.safetensors", PUBLISHED[name_or_dir])
         paths = [path for file in ("model.safetensors", "pytorch_model.bin") if (path := folder / file).is_file()]
         if not paths or not (folder / "config.json").is_file():
             raise ValueError(f"{folder} does not hold config.json and model.safetensors or pytorch_model.bin: "
@@ -289,6 +292,7 @@ def pretrain(config: GPTConfig, token_ids: Tensor, document_starts: Tensor, seed
         optimizer.step()
         schedule.step()
         progress.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+    gpt.zero_grad()                                                    # a finished model carries no gradients
     return gpt
 
 
