@@ -128,6 +128,7 @@ def predict(model: Adapted, split: data.Encoded, instances: Tensor) -> Tensor:
 
 
 def accuracy(probabilities: Tensor, labels: Tensor) -> float:
+    """Share of rows (N, labels) whose largest entry is at the label (N,)."""
     return (probabilities.argmax(dim=-1) == labels).float().mean().item()
 
 
@@ -267,6 +268,7 @@ TRAINING_OPTIONS = ("lr", "epochs", "batch_size", "seed")
 
 
 def build(problem: Problem, options: dict) -> Adapted:
+    """The frozen model with one method on it, its initial values drawn from the seed."""
     torch.manual_seed(options["seed"])
     return Adapted(problem.gpt, problem.encoder, problem.label_ids, **{name: options[name] for name in MODEL_OPTIONS})
 
@@ -342,8 +344,9 @@ def claim_folder(path: Path, config: dict) -> list[dict]:
 def configs(args: argparse.Namespace, problem: Problem) -> tuple[dict, dict]:
     """(what the problem is, the options of a run on it): together they say all that a result depends on."""
     about = dict(task=args.task, data=problem.source, model=args.model, encoder=args.encoder or args.model, dtype=args.dtype,
-                 fingerprint=fingerprint(problem.gpt, problem.encoder), pretrain_seed=args.pretrain_seed, num_train=len(problem.train), num_scored=len(problem.test),
-                 scored_on=problem.test_name, texts_cut=problem.train.num_cut + problem.test.num_cut)
+                 fingerprint=fingerprint(problem.gpt, problem.encoder), pretrain_seed=args.pretrain_seed,
+                 num_train=len(problem.train), num_scored=len(problem.test), scored_on=problem.test_name,
+                 texts_cut=problem.train.num_cut + problem.test.num_cut)
     return about, {name: getattr(args, name) for name in (*MODEL_OPTIONS, "shuffle_instances", *TRAINING_OPTIONS)}
 
 
@@ -417,7 +420,7 @@ TRAINED = {"pt": "Z_S; user", "dpt": "A, B; user", "bpt": "A, B; user", "residua
            "idpg": "one head on h; user", "lopa": "Z_S and two heads on h; user",
            "lora": "updates of q, k, v; server", "full": "every weight; server"}
 
-# For `--ablate`: (name, what is changed, learning rates to try).
+# For `--ablate`: a name, and what is changed.
 ABLATIONS = [("as it is", {}), ("rank 1", dict(rank=1)), ("rank 2", dict(rank=2)), ("rank 8", dict(rank=8)),
              ("5 virtual tokens", dict(num_virtual_tokens=5)), ("25 virtual tokens", dict(num_virtual_tokens=25)),
              ("concat instead of the gate", dict(fusion="concat")), ("add instead of the gate", dict(fusion="add")),

@@ -163,3 +163,14 @@ def test_the_pretrained_model_is_kept_and_its_name_follows_what_it_is_made_of(tm
     monkeypatch.setitem(model.PRETRAINING, "lr", 1e-3)
     model.tiny_gpt(0, tmp_path, "cpu")
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_pretraining_that_stalls_gets_another_round_and_no_more_than_three(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(model, "cosine_schedule", lambda *a, schedule=model.cosine_schedule: made.append(a) or schedule(*a))
+    monkeypatch.setitem(model.PRETRAINING, "steps", 2)
+    for learned_below, rounds in ((100.0, 1), (0.0, 3)):
+        made.clear()
+        monkeypatch.setitem(model.PRETRAINING, "learned_below", learned_below)
+        gpt, _, _ = model.tiny_gpt(0, tmp_path, "cpu")
+        assert len(made) == rounds and all(p.grad is None for p in gpt.parameters())
