@@ -229,7 +229,7 @@ class InstanceEncoder(nn.Module):
         hidden = F.layer_norm(hidden, hidden.shape[-1:])               # no token outweighs the others
         real = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]                      # (B, T)
         mean = (hidden * real[..., None]).sum(dim=1) / lengths[:, None]                                    # (B, d)
-        return (mean - self.mean) / self.std                           # Eq. (3)
+        return (mean - self.mean) / self.std                           # Eq. (5)
 
     def fit(self, instances: Tensor) -> Tensor:
         """Training split's embeddings (N, d_h), made before fitting -> the same, standardised from now on."""
