@@ -25,7 +25,7 @@ import model as models
 import train
 
 RUNS = {method: Path("runs") / f"sst2-{method}-tiny-seed0" for method in ("lopa", "pt")}
-SENTENCES = ["the plot is witty", "the plot is dull", "the plot is not dull"]
+SENTENCES = ["the plot is very witty", "the plot is very dull", "the plot is not dull"]
 # A white ground and dark ink: legible on GitHub's light and dark pages alike.
 plt.rcParams |= {"svg.hashsalt": "lopa", "figure.facecolor": "white", "font.size": 10, "axes.spines.top": False,
                  "axes.spines.right": False}
@@ -52,10 +52,11 @@ def accuracy_against_parameters():
         server = "server" in train.TRAINED[method]
         axes.errorbar(size, mean, statistics.stdev(scores), fmt="s" if server else "o", capsize=3,
                       color="#b3541e" if method == "lopa" else "#777777" if server else "#1f5fa8")
-        axes.annotate(method, (size, mean), xytext=(7, 4), textcoords="offset points")
+        axes.annotate(method, (size, mean), xytext=(7, -11 if method == "bpt" else 4), textcoords="offset points")
     zero_shot = json.loads((RUNS["lopa"] / "result.json").read_text())["zero_shot"]
     axes.axhline(zero_shot, color="#777777", linewidth=0.8, linestyle="--")
-    axes.text(axes.get_xlim()[0], zero_shot - 0.015, " zero-shot", color="#555555", fontsize=9)
+    axes.text(0.99, zero_shot, "zero-shot", color="#555555", fontsize=9, ha="right", va="bottom",
+              transform=axes.get_yaxis_transform())
     axes.set(xscale="log", xlabel="trainable parameters (squares: they live in the server's model)",
              ylabel=f"dev accuracy, {len(scores)} seeds", title="built-in sst2 sample, not GLUE")
     save(figure, "accuracy-against-parameters")
@@ -92,7 +93,7 @@ def gates():
     figure, axes = plt.subplots(len(SENTENCES), 1, figsize=(8, 5.2), layout="constrained")
     for panel, sentence, gate, p in zip(axes, SENTENCES, torch.sigmoid(U @ V.transpose(1, 2)), probabilities[:, 1]):
         image = panel.imshow(gate, aspect="auto", cmap="viridis", vmin=0, vmax=1)
-        panel.set(title=f'"{sentence}"  (P(positive) = {p:.2f})', ylabel="virtual token")
+        panel.set(title=f'"{sentence}"  (P(positive) = {p:.2f})', ylabel="virtual token", yticks=[0, 9])
         panel.title.set_fontsize(10)
     axes[-1].set_xlabel("embedding feature")
     figure.colorbar(image, ax=axes, label="gate, sigmoid of U Vᵀ")
