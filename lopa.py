@@ -3,7 +3,7 @@ r"""LoPA, Low-rank Prompt Adaptation, and its relatives: a frozen language model
 Jain, Chaudhuri, Reps, Jermaine: "Prompt Tuning Strikes Back: Customizing Foundation Models with Low-Rank Prompt
 Adaptation", NeurIPS 2024, arXiv 2405.15282. This one file is the whole method; it needs torch alone and works with
 every model that accepts embedded text. "The released code" is jabhinav/Prompt-Tuning-Strikes-Back-with-LOPA-NLU.
-Equations are numbered along the story. To read the heart of it, read sections 1 and 4.
+Equation numbers are those of tutorial.md. To read the heart of it, read sections 1 and 4.
 
     symbol          meaning                                         name in code         shape
     B, T            batch size, text length in tokens               B, T

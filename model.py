@@ -16,6 +16,7 @@ import json
 import math
 import mmap
 import time
+import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -368,8 +369,8 @@ def read_weights(path: Path, wanted: dict[str, Tensor], dtype: torch.dtype) -> d
 
 def read_bin(path: Path) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of a file that torch.save wrote. ValueError for a damaged one and for one with code in it."""
-    try:                                           # no mmap=True: it refuses the format of GPT-2's years, before 2020
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    try:                                           # the format of GPT-2's years, before 2020, is no zip and cannot be mapped
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:                     # torch.load raises half a dozen types for a damaged file
         raise ValueError(f"{path}: no saved weights ({type(error).__name__}): save or download it again") from None
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
