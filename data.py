@@ -236,11 +236,11 @@ def learn_tokenizer(text: str) -> tiktoken.Encoding:
     return tiktoken.Encoding("tiny", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
 
-def tiny_tokenizer() -> tiktoken.Encoding:
+def tiny_tokenizer(text: str) -> tiktoken.Encoding:
     """The sample's tokenizer: from the pre-training text, the tasks' training sentences, templates and label words."""
     filled = [task.template.format(**fields) + "".join(task.label_words.values())
               for task in TASKS.values() if task.sample for fields, _ in task.sample()[0]]
-    return learn_tokenizer(pretraining_text() + "\n".join(filled))
+    return learn_tokenizer(text + "\n".join(filled))
 
 
 def gpt2_tokenizer() -> tiktoken.Encoding:

@@ -256,8 +256,9 @@ def tiny_gpt(seed: int, cache_dir: str | Path, device: str) -> tuple[GPT, data.t
 
     The cache file is named after all it was made from: the very tokens, the sizes, the recipe and the seed.
     """
-    tokenizer = data.tiny_tokenizer()
-    token_ids = torch.tensor(tokenizer.encode_ordinary(data.pretraining_text(PRETRAINING["documents"])))
+    text = data.pretraining_text(PRETRAINING["documents"])
+    tokenizer = data.tiny_tokenizer(text)
+    token_ids = torch.tensor(tokenizer.encode_ordinary(text))
     config = tiny_config(tokenizer.n_vocab)
     made_from = json.dumps([asdict(config), PRETRAINING, seed]).encode() + token_ids.numpy().tobytes()
     path = Path(cache_dir) / f"tiny-{hashlib.sha256(made_from).hexdigest()[:12]}.pt"

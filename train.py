@@ -156,7 +156,6 @@ class Problem:
 
     gpt: GPT
     encoder: InstanceEncoder
-    tokenizer: data.tiktoken.Encoding
     label_ids: Tensor
     train: data.Encoded
     test: data.Encoded
@@ -210,7 +209,7 @@ def prepare(args: argparse.Namespace) -> Problem:
     if args.data and args.model == "tiny":
         print("note: the tiny GPT has read a few thousand synthetic sentences and nothing else, so real text is beyond it "
               "whatever the prompt; real text needs a model pre-trained on real text: --model gpt2")
-    problem = Problem(gpt, encoder, tokenizer, label_ids, train, test, train_instances, test_instances, source, name,
+    problem = Problem(gpt, encoder, label_ids, train, test, train_instances, test_instances, source, name,
                       pretrain_seconds, dict(more))
     return problem.hold_out(args.holdout) if args.holdout else problem
 
@@ -311,9 +310,9 @@ def restore(adapter: dict, gpt: GPT, encoder: InstanceEncoder, label_ids: Tensor
 
     Raises ValueError for another model and for missing, unexpected or misshapen tensors.
     """
-    if adapter["fingerprint"] != fingerprint(gpt, encoder):
+    if adapter["fingerprint"] != (at_hand := fingerprint(gpt, encoder)):
         raise ValueError(f"this adapter was trained on another model ({adapter['fingerprint']}) than the one "
-                         f"at hand ({fingerprint(gpt, encoder)}): use that model or train again")
+                         f"at hand ({at_hand}): use that model or train again")
     encoder.mean, encoder.std = (adapter[name].to(label_ids.device) for name in ("instance_mean", "instance_std"))
     model = Adapted(gpt, encoder, label_ids, **adapter["model_options"])
     wanted, found = model.trained(), adapter["tensors"]

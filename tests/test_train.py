@@ -86,7 +86,7 @@ def problem_of(tiny, rows):
     task, encoder = data.TASKS["sst2"], InstanceEncoder(tiny[0])
     split = data.encode(task, data.sst2_sample()[0][:rows], tokenizer, 118)
     instances = encoder.fit(train.instance_embeddings(encoder, split))
-    return train.Problem(gpt, encoder, tokenizer, data.label_tokens(task, tokenizer), split, split, instances, instances, "")
+    return train.Problem(gpt, encoder, data.label_tokens(task, tokenizer), split, split, instances, instances, "")
 
 
 def options_of(*flags):
