@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO
@@ -131,6 +132,7 @@ class Task:
     sample: Callable[[], tuple[list[Row], list[Row]]] | None = None      # built-in train and dev rows
 
 
+@cache
 def sst2_sample(n_train: int = 4000, n_dev: int = 872, seed: int = 0) -> tuple[list[Row], list[Row]]:
     """Labelled sentences of the shifted domain, all different, labels balanced; always the same ones."""
     rng = random.Random(seed)
@@ -141,6 +143,7 @@ def sst2_sample(n_train: int = 4000, n_dev: int = 872, seed: int = 0) -> tuple[l
     return examples[n_dev:], examples[:n_dev]
 
 
+@cache
 def rte_sample(n_train: int = 4000, n_dev: int = 872, seed: int = 0) -> tuple[list[Row], list[Row]]:
     """Pairs of one-clause sentences, 20 % of them negated; label 1 if both mean the same polarity, balanced.
 
@@ -270,6 +273,11 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether the longest text has over twice the mean length: then a batch of random texts is mostly padding."""
+        return bool(self.lengths.max() > 2 * self.lengths.float().mean())
 
     def __getitem__(self, rows: slice) -> "Encoded":
         return replace(self, tokens=self.tokens[rows], lengths=self.lengths[rows], labels=self.labels[rows])
@@ -539,6 +547,9 @@ def save_file(path: Path, content) -> None:
 def load_file(path: Path):
     """A file of tensors and plain values. Raises ValueError if it is damaged or holds anything else, such as code."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():        # torch.load itself checks no checksum, so that a flipped bit would go unnoticed
+                raise ValueError("checksum")
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise

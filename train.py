@@ -13,18 +13,25 @@ two yardsticks: lora adds to the model's weights, full trains all of them).
 
 import argparse
 import copy
+import ctypes
+import hashlib
 import json
 import math
+import os
+import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
+from functools import partialmethod
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed as dist, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
@@ -108,27 +115,54 @@ class Adapted(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
 
-def batches(split: data.Encoded, indices: Tensor, batch_size: int):
-    """(indices, tokens, lengths, labels) per batch, padded no further than the longest text in the batch."""
-    for batch in indices.split(batch_size):
-        lengths = split.lengths[batch]
-        yield batch, split.tokens[batch, :lengths.max()], lengths, split.labels[batch]
+def batches(split: data.Encoded, order: Sequence[Tensor]):
+    """(rows, tokens, lengths, labels) for each tensor of row numbers in `order`, padded to the longest text of these rows."""
+    if order:
+        widths = torch.stack([split.lengths[rows].max() for rows in order]).tolist()     # asks the GPU once, not per batch
+        for rows, width in zip(order, widths):
+            yield rows, split.tokens[rows, :width], split.lengths[rows], split.labels[rows]
+
+
+def shuffled_batches(split: data.Encoded, batch_size: int, generator: torch.Generator) -> list[Tensor]:
+    """The row numbers of one epoch's batches, in random order.
+
+    Where lengths vary much, a batch of random texts is mostly padding (on SST-2, 36 positions for 14 tokens). There every
+    50 batches' worth of rows is sorted by length and cut into batches, and the batches are shuffled.
+    """
+    order = torch.randperm(len(split), generator=generator)
+    if not split.ragged:
+        return list(order.to(split.labels.device).split(batch_size))
+    lengths = split.lengths.cpu()
+    pools = [pool[lengths[pool].argsort()] for pool in order.split(50 * batch_size)]
+    cut = torch.cat(pools).to(split.labels.device).split(batch_size)
+    return [cut[i] for i in torch.randperm(len(cut), generator=generator)]
+
+
+def every_row(split: data.Encoded, width: int, compute: Callable) -> Tensor:
+    """compute(rows, tokens, lengths) -> (rows, width), for all rows: (N, width). Processes share the batches."""
+    order = split.lengths.argsort() if split.ragged else torch.arange(len(split), device=split.labels.device)
+    rank, world_size = rank_and_world_size()
+    result = torch.zeros(len(split), width, device=order.device)
+    for rows, tokens, lengths, _ in batches(split, order.split(256)[rank::world_size]):
+        result[rows] = compute(rows, tokens, lengths).float()
+    if world_size > 1:
+        dist.all_reduce(result)
+    return result
 
 
 @torch.no_grad()
 def instance_embeddings(encoder: InstanceEncoder, split: data.Encoded) -> Tensor:
     """h for every row, (N, d_h): computed once, since the encoder is frozen and h never changes."""
-    everything = torch.arange(len(split), device=split.labels.device)
-    return torch.cat([encoder(tokens, lengths) for _, tokens, lengths, _ in batches(split, everything, 256)])
+    return every_row(split, len(encoder.mean), lambda rows, tokens, lengths: encoder(tokens, lengths))
 
 
 @torch.no_grad()
 def predict(model: Adapted, split: data.Encoded, instances: Tensor) -> Tensor:
     """Probabilities of the labels for every row, (N, labels)."""
     model.eval()
-    everything = torch.arange(len(split), device=split.labels.device)
-    logits = [model(tokens, lengths, instances[batch]) for batch, tokens, lengths, _ in batches(split, everything, 256)]
-    return torch.cat(logits).float().softmax(dim=-1)
+    logits = every_row(split, len(model.label_ids),
+                       lambda rows, tokens, lengths: model(tokens, lengths, instances[rows]))
+    return logits.softmax(dim=-1)
 
 
 def accuracy(probabilities: Tensor, labels: Tensor) -> float:
@@ -147,7 +181,46 @@ def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 3. Training
+# 3. Several processes, if torchrun started them: each has a part of every batch, and the first one writes the files
+
+
+def join_processes(args: argparse.Namespace) -> None:
+    if "LOCAL_RANK" not in os.environ:                                 # torchrun sets it
+        return
+    if args.compare or args.ablate:
+        raise ValueError("--compare and --ablate train many small models one by one: start them without torchrun")
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """(number of this process, of all processes); (0, 1) for a single one."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def from_first_process(value):
+    """The value that the first process passes, for all."""
+    if dist.is_initialized():
+        dist.broadcast_object_list(box := [value])
+        return box[0]
+    return value
+
+
+@contextmanager
+def one_process_first():
+    """On every machine one process goes through the block, then the others."""
+    goes_first = os.environ.get("LOCAL_RANK") == "0"
+    if dist.is_initialized() and not goes_first:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and goes_first:
+        dist.barrier()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 4. Training
 
 
 @dataclass
@@ -163,6 +236,7 @@ class Problem:
     test_instances: Tensor
     source: str                          # which data this is
     test_name: str = "dev"
+    fingerprint: str = ""                # of all frozen weights that an adapter depends on
     pretrain_seconds: float = 0.0
     more_tests: dict[str, tuple[data.Encoded, Tensor]] = field(default_factory=dict)      # mnli has two dev sets
 
@@ -193,25 +267,51 @@ class Problem:
 def prepare(args: argparse.Namespace) -> Problem:
     """Read the data, load or pre-train the model, encode the texts, compute the instance embeddings."""
     task = data.TASKS[args.task]
-    train_rows, dev_rows, source = data.load_task(args.task, args.data, args.max_train, sample=args.model == "tiny",
-                                                  cache_dir=args.cache)
-    gpt, tokenizer, pretrain_seconds = load_model(args.model, args)
+    with one_process_first():                                          # it downloads and pre-trains, the others find it done
+        train_rows, dev_rows, source = data.load_task(args.task, args.data, args.max_train, sample=args.model == "tiny",
+                                                      cache_dir=args.cache)
+        gpt, tokenizer, pretrain_seconds = load_model(args.model, args)
+        encoder = load_encoder(args.encoder, gpt, args)
     label_ids = data.label_tokens(task, tokenizer).to(args.device)
-    encoder = load_encoder(args.encoder, gpt, args)
     room = text_room(gpt, encoder, args.num_virtual_tokens, args.fusion)
     train, *tests = (data.encode(task, rows, tokenizer, room).to(args.device) for rows in (train_rows, *dev_rows.values()))
-    train_instances = encoder.fit(instance_embeddings(encoder, train))
-    (name, (test, test_instances)), *more = zip(dev_rows, [(test, instance_embeddings(encoder, test)) for test in tests])
+    frozen = fingerprint(gpt, encoder)
+    if from_first_process(frozen) != frozen:
+        raise ValueError(f"this process has another frozen model ({frozen}) than the first: copy its .cache here")
+    train_instances = encoder.fit(kept_embeddings(encoder, train, frozen, args.cache))
+    tests = [(test, kept_embeddings(encoder, test, frozen, args.cache)) for test in tests]
+    (name, (test, test_instances)), *more = zip(dev_rows, tests)
     print(f"task {args.task}: {source}, {len(train)} training rows, {', '.join(f'{len(r)} {n}' for n, r in dev_rows.items())} rows")
-    if cut := sum(split.num_cut for split in (train, *tests)):
-        print(f"{cut} of {sum(map(len, (train, *tests)))} texts were cut to {room} tokens, to fit the context of "
+    splits = [train, *(test for test, _ in tests)]
+    if cut := sum(split.num_cut for split in splits):
+        print(f"{cut} of {sum(map(len, splits))} texts were cut to {room} tokens, to fit the context of "
               f"{gpt.config.n_positions} together with the prompt")
     if args.data and args.model == "tiny":
         print("note: the tiny GPT has read a few thousand synthetic sentences and nothing else, so real text is beyond it "
               "whatever the prompt; real text needs a model pre-trained on real text: --model gpt2")
     problem = Problem(gpt, encoder, label_ids, train, test, train_instances, test_instances, source, name,
-                      pretrain_seconds, dict(more))
+                      frozen, pretrain_seconds, dict(more))
     return problem.hold_out(args.holdout) if args.holdout else problem
+
+
+def kept_embeddings(encoder: InstanceEncoder, split: data.Encoded, frozen: str, cache_dir: str) -> Tensor:
+    """Instance embeddings, kept on disk under the name of what they were made from where there are over a million numbers."""
+    if len(split) * len(encoder.mean) < 2 ** 20:
+        return instance_embeddings(encoder, split)
+    made_from = torch.cat([part.double().flatten().cpu() for part in (split.tokens, split.lengths, encoder.mean, encoder.std)])
+    path = Path(cache_dir) / f"instances-{hashlib.sha256(frozen.encode() + made_from.numpy().tobytes()).hexdigest()[:12]}.pt"
+    rank, _ = rank_and_world_size()
+    kept = from_first_process(data.load_file(path) if rank == 0 and path.exists() else None)
+    if kept is None:
+        kept = instance_embeddings(encoder, split)
+        if rank == 0:
+            data.save_file(path, kept.cpu())
+    return kept.to(split.labels.device)
+
+
+def fingerprint(gpt: GPT, encoder: InstanceEncoder) -> str:
+    """Of all frozen weights that an adapter depends on."""
+    return gpt.fingerprint() + ("" if encoder.gpt is gpt else "+" + encoder.gpt.fingerprint())
 
 
 def load_encoder(name: str | None, gpt: GPT, args: argparse.Namespace) -> InstanceEncoder:
@@ -231,38 +331,85 @@ def text_room(gpt: GPT, encoder: InstanceEncoder, num_virtual_tokens: int, fusio
     return min(context - m, encoder.gpt.config.n_positions)
 
 
-def train_epochs(model: Adapted, split: data.Encoded, instances: Tensor, *, epochs: int, batch_size: int, lr: float,
-                 seed: int) -> Iterator[float]:
-    """Train what requires a gradient, in place, with AdamW, warm-up and cosine decay; yields each epoch's mean loss.
+class Trainer:
+    """AdamW with warm-up and cosine decay on what requires a gradient, in place.
 
-    Raises FloatingPointError, naming step and learning rate, at the first loss that is not finite.
+    Can stop after any step and go on from its `state_dict`, in another process, bit for bit: the order of the data comes
+    from a generator whose state is kept, and every step seeds its own dropout.
     """
-    parameters = list(model.trained().values())
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-    total_steps = epochs * math.ceil(len(split) / batch_size)
-    schedule = cosine_schedule(optimizer, int(0.06 * total_steps), total_steps)
-    order = torch.Generator().manual_seed(seed)                        # of the data alone
-    progress = tqdm(total=total_steps, desc="training", disable=None, leave=False)
-    for _ in range(epochs):
-        model.train()
-        total_loss = 0.0
-        shuffled = torch.randperm(len(split), generator=order).to(split.labels.device)
-        for batch, tokens, lengths, labels in batches(split, shuffled, batch_size):
-            logits = model(tokens, lengths, instances[batch])          # (B, labels)
+
+    check_every = 10                                                   # steps; reading a loss waits for the GPU
+
+    def __init__(self, model: Adapted, split: data.Encoded, instances: Tensor, *, epochs: int, batch_size: int, lr: float,
+                 seed: int):
+        self.model, self.split, self.instances, self.batch_size, self.seed = model, split, instances, batch_size, seed
+        self.rank, self.world_size = rank_and_world_size()
+        self.forward = DistributedDataParallel(model, init_sync=False) if self.world_size > 1 else model
+        self.parameters = list(model.trained().values())
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=0.0)
+        self.steps_per_epoch = math.ceil(len(split) / batch_size)
+        self.total_steps = epochs * self.steps_per_epoch
+        self.schedule = cosine_schedule(self.optimizer, int(0.06 * self.total_steps), self.total_steps)
+        self.generator = torch.Generator().manual_seed(seed)           # of the order of the data alone
+        self.order_state = self.generator.get_state()                  # at the start of the epoch
+        self.epoch, self.step, self.losses = 1, 0, []                  # this epoch, steps done in all, the epoch's losses
+        if len(split) % batch_size and len(split) % batch_size < self.world_size:
+            raise ValueError(f"the last batch has {len(split) % batch_size} rows for {self.world_size} processes: "
+                             "change --batch-size")
+
+    def state_dict(self) -> dict:
+        return dict(epoch=self.epoch, step=self.step, losses=self.losses, order_state=self.order_state,
+                    optimizer=self.optimizer.state_dict(), schedule=self.schedule.state_dict(), trained=self.model.trained())
+
+    def load_state_dict(self, state: dict) -> None:
+        self.epoch, self.step, self.losses, self.order_state = (state[n] for n in ("epoch", "step", "losses", "order_state"))
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        for name, parameter in self.model.trained().items():
+            parameter.data.copy_(state["trained"][name])
+
+    def train_epoch(self) -> Iterator[None]:
+        """Take the steps that are left of this epoch, and stop after each to let others look."""
+        self.generator.set_state(self.order_state)
+        order = shuffled_batches(self.split, self.batch_size, self.generator)
+        order = order[self.step - (self.epoch - 1) * self.steps_per_epoch:]
+        shares = [rows[self.rank::self.world_size] for rows in order]  # this process's part of each batch
+        progress = tqdm(total=self.total_steps, initial=self.step, desc="training", disable=None, leave=False)
+        self.model.train()
+        for whole, (rows, tokens, lengths, labels) in zip(order, batches(self.split, shares)):
+            torch.manual_seed((self.seed * self.total_steps + self.step) * self.world_size + self.rank)        # dropout's
+            logits = self.forward(tokens, lengths, self.instances[rows])               # (B, labels)
             loss = F.cross_entropy(logits.float(), labels)             # over the label words alone
-            if not math.isfinite(loss_value := loss.item()):
-                raise FloatingPointError(f"loss is {loss_value} at step {progress.n + 1} of {total_steps}, learning rate "
-                                         f"{schedule.get_last_lr()[0]:.2e}: lower --lr")
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
-            total_loss += loss_value * len(batch)
+            self.optimizer.zero_grad()
+            (loss * (len(rows) * self.world_size / len(whole))).backward()     # the processes' mean is then the batch's
+            nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            self.optimizer.step()
+            self.schedule.step()
+            self.step += 1
+            self.losses.append(loss.detach() * len(rows))
+            if self.step % self.check_every == 0:
+                progress.set_postfix(loss=f"{self.check() / len(rows):.3f}", refresh=False)
             progress.update()
-            progress.set_postfix(loss=f"{loss_value:.3f}", refresh=False)
-        yield total_loss / len(split)
-    progress.close()
+            yield
+        progress.close()
+
+    def end_epoch(self) -> float:
+        """The epoch's mean loss; what comes next is the next epoch."""
+        self.check()
+        total_loss = torch.stack(self.losses).double().sum()
+        if self.world_size > 1:
+            dist.all_reduce(total_loss)
+        self.epoch, self.losses, self.order_state = self.epoch + 1, [], self.generator.get_state()
+        return total_loss.item() / len(self.split)
+
+    def check(self) -> float:
+        """The last loss. Raises FloatingPointError if one since the last check is not finite."""
+        recent = torch.stack(self.losses[-self.check_every:]).tolist()
+        for step, loss in enumerate(recent, start=self.step - len(recent) + 1):
+            if not math.isfinite(loss):
+                lr = self.optimizer.defaults["lr"] * self.schedule.lr_lambdas[0](step - 1)
+                raise FloatingPointError(f"loss is {loss} at step {step} of {self.total_steps}, learning rate {lr:.2e}: lower --lr")
+        return recent[-1]
 
 
 # What tells one run from another on the same problem: what is built, and how it is trained.
@@ -276,19 +423,28 @@ def build(problem: Problem, options: dict) -> Adapted:
     return Adapted(problem.gpt, problem.encoder, problem.label_ids, **{name: options[name] for name in MODEL_OPTIONS})
 
 
-def fit(model: Adapted, problem: Problem, options: dict) -> Iterator[dict]:
-    """Train `model` in place; yields dict(epoch, loss, accuracy, seconds) after every epoch."""
+def fit(model: Adapted, problem: Problem, options: dict, state: dict | None = None,
+        after_step: Callable = lambda trainer: None) -> Iterator[dict]:
+    """Train `model` in place; yields dict(epoch, loss, accuracy, seconds) after every epoch.
+
+    after_step(trainer) is called after every step. With `state`, a trainer's state_dict, training goes on from there.
+    """
     if options["shuffle_instances"]:
         problem = problem.shuffled(options["seed"])
+    trainer = Trainer(model, problem.train, problem.train_instances, **{name: options[name] for name in TRAINING_OPTIONS})
+    if state:
+        trainer.load_state_dict(state)
     began = time.time()
-    losses = train_epochs(model, problem.train, problem.train_instances, **{name: options[name] for name in TRAINING_OPTIONS})
-    for epoch, loss in enumerate(losses, start=1):
+    while trainer.epoch <= options["epochs"]:
+        for _ in trainer.train_epoch():
+            after_step(trainer)
+        epoch, loss = trainer.epoch, trainer.end_epoch()
         score = accuracy(predict(model, problem.test, problem.test_instances), problem.test.labels)
         yield dict(epoch=epoch, loss=loss, accuracy=score, seconds=time.time() - began)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 4. Files
+# 5. Files
 
 
 def load_adapter(folder: str | Path) -> dict:
@@ -298,11 +454,6 @@ def load_adapter(folder: str | Path) -> dict:
     if not isinstance(adapter, dict) or adapter.get("format") != ADAPTER_FORMAT:
         raise ValueError(f"{path} is no adapter of format {ADAPTER_FORMAT}: train it again with this version")
     return adapter
-
-
-def fingerprint(gpt: GPT, encoder: InstanceEncoder) -> str:
-    """Of all frozen weights that an adapter depends on."""
-    return gpt.fingerprint() + ("" if encoder.gpt is gpt else "+" + encoder.gpt.fingerprint())
 
 
 def restore(adapter: dict, gpt: GPT, encoder: InstanceEncoder, label_ids: Tensor) -> Adapted:
@@ -332,7 +483,10 @@ def claim_folder(path: Path, config: dict) -> list[dict]:
     """
     if not path.exists():
         return [config]
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+    except ValueError:
+        raise ValueError(f"{path} is damaged: delete it, or name another folder with --out") from None
     for name in config:
         if lines[0].get(name) != config[name]:
             raise ValueError(f"{path.parent} holds another run: {name} is {lines[0].get(name)} there and {config[name]} "
@@ -340,24 +494,49 @@ def claim_folder(path: Path, config: dict) -> list[dict]:
     return lines
 
 
+def save_checkpoint(folder: Path, state: dict) -> None:
+    """Write DIR/checkpoint-STEP.pt and keep the one before it as well: a crash can damage what was written last."""
+    data.save_file(folder / f"checkpoint-{state['step']:09d}.pt", state)
+    for old in sorted(folder.glob("checkpoint-*.pt"))[:-2]:
+        old.unlink()
+
+
+def load_checkpoint(folder: Path) -> dict | None:
+    """The newest checkpoint that can be read; None if there is none."""
+    for path in sorted(folder.glob("checkpoint-*.pt"), reverse=True):
+        try:
+            state = data.load_file(path)
+        except ValueError as error:
+            print(f"train.py: {error}; trying the checkpoint before it", file=sys.stderr)
+            continue
+        print(f"going on after step {state['step']}, from {path}")
+        return state
+
+
 # ---------------------------------------------------------------------------------------------------------------
-# 5. What the command line can ask for: a run, a prediction, a study
+# 6. What the command line can ask for: a run, a prediction, a study
 
 
 def configs(args: argparse.Namespace, problem: Problem) -> tuple[dict, dict]:
     """(what the problem is, the options of a run on it): together they say all that a result depends on."""
     about = dict(task=args.task, data=problem.source, model=args.model, encoder=args.encoder or args.model, dtype=args.dtype,
-                 fingerprint=fingerprint(problem.gpt, problem.encoder), pretrain_seed=args.pretrain_seed,
+                 fingerprint=problem.fingerprint, pretrain_seed=args.pretrain_seed,
                  num_train=len(problem.train), num_scored=len(problem.test), scored_on=problem.test_name,
                  texts_cut=problem.train.num_cut + problem.test.num_cut)
     return about, {name: getattr(args, name) for name in (*MODEL_OPTIONS, "shuffle_instances", *TRAINING_OPTIONS)}
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict:
     """Train and score one method; leave result.json, metrics.jsonl and adapter.pt in the run folder."""
-    out, problem = Path(args.out or default_folder(args)), prepare(args)
+    out, first = Path(args.out or default_folder(args)), rank_and_world_size()[0] == 0
+    if args.resume and (out / "result.json").exists():
+        print(f"{out} is finished")
+        return json.loads((out / "result.json").read_text())
+    problem = prepare(args)
     about, options = configs(args, problem)
-    claim_folder(out / "metrics.jsonl", about | options)
+    if first:
+        claim_folder(out / "metrics.jsonl", about | options)
+        (out / "result.json").unlink(missing_ok=True)          # of an earlier, equal run
     model = build(problem, options)
     trainable, total = get_nb_trainable_parameters(model)
     before = problem.baselines()
@@ -370,51 +549,93 @@ def run(args: argparse.Namespace) -> None:
                    **{name: about[name] for name in ("model", "encoder", "dtype", "pretrain_seed", "fingerprint")},
                    model_options={name: options[name] for name in MODEL_OPTIONS},
                    instance_mean=problem.encoder.mean.cpu(), instance_std=problem.encoder.std.cpu())
-    metrics = [about | options]
+    state = from_first_process(load_checkpoint(out) if first else None) or {}
+    metrics, seconds_before = state.get("metrics", [about | options]), state.get("seconds", 0.0)
+    began, stop = time.time(), []
+    if first:
+        if not args.resume:
+            data.save_file(out / "command.json", args.command)         # for --resume
+        data.save_file(out / "metrics.jsonl", metrics)                 # from here on the folder is this run's
+
+    def after_step(trainer: Trainer) -> None:
+        """Save where a checkpoint is due, and after Ctrl-C, which is why that only leaves a note: no step is cut in two."""
+        if stop or trainer.step % (args.save_every or trainer.steps_per_epoch) == 0:
+            trainer.check()
+            if first:
+                save_checkpoint(out, trainer.state_dict() | dict(metrics=metrics, seconds=seconds_before + time.time() - began))
+        if stop:
+            raise KeyboardInterrupt(f"interrupted at step {trainer.step} of {trainer.total_steps}")
+
+    default_handler = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
     try:
-        for line in fit(model, problem, options):
-            metrics.append(line)
+        for line in fit(model, problem, options, state, after_step):
             print(f"epoch {line['epoch']}/{args.epochs}: loss {line['loss']:.4f}, {problem.test_name} accuracy "
-                  f"{line['accuracy']:.3f}, {line['seconds']:.1f} s", flush=True)
-            (out / "result.json").unlink(missing_ok=True)      # of an earlier, equal run: its adapter is gone now
-            tensors = {name: tensor.detach().cpu() for name, tensor in model.trained().items()}
-            data.save_file(out / "adapter.pt", adapter | {"tensors": tensors})
-            data.save_file(out / "metrics.jsonl", metrics)
-    except (KeyboardInterrupt, FloatingPointError) as error:
-        kept = f"{out} holds the adapter after epoch {len(metrics) - 1}" if len(metrics) > 1 else "nothing was saved yet"
-        raise type(error)(f"{str(error) or 'interrupted'}; {kept}") from None
+                  f"{line['accuracy']:.3f}, {seconds_before + line.pop('seconds'):.1f} s", flush=True)
+            metrics.append(line)
+            if first:
+                tensors = {name: tensor.detach().cpu() for name, tensor in model.trained().items()}
+                data.save_file(out / "adapter.pt", adapter | {"tensors": tensors})
+                data.save_file(out / "metrics.jsonl", metrics)
+    except (KeyboardInterrupt, FloatingPointError, OSError) as error:
+        saved = sorted(out.glob("checkpoint-*.pt"))
+        kept = f"{saved[-1]} is the last checkpoint; to go on: python train.py --resume {out}" if saved else "nothing was saved yet"
+        raise type(error)(f"{error}; {kept}") from None
+    finally:
+        signal.signal(signal.SIGINT, default_handler)
     scores = {f"accuracy_{name}": accuracy(predict(model, split, h), split.labels)
               for name, (split, h) in problem.more_tests.items()}
     if "f1" in data.TASKS[args.task].metrics:
         probabilities = predict(model, problem.test, problem.test_instances)
         scores["f1"] = data.f1(probabilities.argmax(dim=-1), problem.test.labels)
     result = about | options | before | scores | dict(
-        accuracy=line["accuracy"], trainable_parameters=trainable, total_parameters=total, train_seconds=line["seconds"],
-        pretrain_seconds=problem.pretrain_seconds, torch=torch.__version__, device=args.device)
-    data.save_file(out / "result.json", result)
+        accuracy=metrics[-1]["accuracy"], trainable_parameters=trainable, total_parameters=total,
+        train_seconds=seconds_before + time.time() - began, pretrain_seconds=problem.pretrain_seconds,
+        torch=torch.__version__, device=args.device)
+    if first:
+        data.save_file(out / "result.json", result)
+        for rest in [*out.glob("checkpoint-*"), *out.glob("*.part")]:  # a killed process leaves half a file behind
+            rest.unlink()
     print(f"wrote {out}/adapter.pt, metrics.jsonl and result.json; to use it: "
           f'python train.py --adapter {out} --predict "..."')
-    print(json.dumps(result))
+    return result
 
 
 def predict_text(args: argparse.Namespace) -> None:
-    """Print label and probabilities of one text, with a saved adapter and nothing else that was trained."""
+    """Print a table of tab-separated values, one row a text: label, probabilities, text. Needs a saved adapter alone."""
     adapter = load_adapter(args.adapter)
     task = data.Task(**adapter["task"])
-    texts = args.predict.split("\t")
-    if len(texts) != len(task.fields):
-        raise ValueError(f"--predict got {len(texts)} texts, task {adapter['task_name']} takes {len(task.fields)} "
-                         f"({', '.join(task.fields)}): separate them with a tab")
+    rows = [(dict(zip(task.fields, texts)), 0) for texts in read_texts(args.predict, list(task.fields))]
     args.pretrain_seed, args.dtype = adapter["pretrain_seed"], adapter["dtype"]
     gpt, tokenizer, _ = load_model(adapter["model"], args)
     encoder = load_encoder(None if adapter["encoder"] == adapter["model"] else adapter["encoder"], gpt, args)
     model = restore(adapter, gpt, encoder, data.label_tokens(task, tokenizer).to(args.device))
     options = adapter["model_options"]
     room = text_room(gpt, encoder, options["num_virtual_tokens"], options["fusion"])
-    split = data.encode(task, [(dict(zip(task.fields, texts)), 0)], tokenizer, room).to(args.device)
-    probabilities = predict(model, split, instance_embeddings(encoder, split))[0]
-    print("\t".join([task.label_names[probabilities.argmax()],
-                     *(f"{name} {p:.3f}" for name, p in zip(task.label_names, probabilities))]))
+    split = data.encode(task, rows, tokenizer, room).to(args.device)
+    probabilities = predict(model, split, instance_embeddings(encoder, split))
+    print("\t".join(["label", *task.label_names, *task.fields]))
+    for (fields, _), p in zip(rows, probabilities):
+        print("\t".join([task.label_names[p.argmax()], *(f"{x:.3f}" for x in p), *fields.values()]))
+
+
+def read_texts(source: str, fields: list[str]) -> list[list[str]]:
+    """The texts of a file, of standard input ("-"), or `source` itself: one example a line, a pair separated by a tab."""
+    lines, where = [source], "--predict"
+    if source == "-" or os.path.isfile(source):
+        where = "standard input" if source == "-" else source
+        try:
+            content = (sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}: byte {error.start} is not UTF-8: save it as UTF-8") from None
+        lines = content.splitlines()
+    rows = [line.split("\t") for line in lines]
+    for number, row in enumerate(rows, start=1):
+        if len(row) != len(fields) or not all(text.strip() for text in row):
+            raise ValueError(f"{where}, line {number}: {sum(1 for text in row if text.strip())} texts, the task takes "
+                             f"{len(fields)} ({', '.join(fields)}): separate them with a tab")
+    if not rows:
+        raise ValueError(f"{where} is empty: write one text a line")
+    return rows
 
 
 # For `--compare`: what is trained, and with whom it lives when one model serves many users.
@@ -490,7 +711,7 @@ def default_folder(args: argparse.Namespace) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 6. The command line
+# 7. The command line
 
 
 def positive(number_type):
@@ -551,10 +772,14 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("--pretrain-seed", type=int, default=0, help="of the tiny GPT (default: 0)")
 
     use = parser.add_argument_group("to use what was trained")
-    use.add_argument("--predict", metavar="TEXT", help="print the label of TEXT and the probabilities")
+    use.add_argument("--predict", metavar="TEXT", help="print labels and probabilities as tab-separated values: of TEXT, of a "
+                     "file's lines, or with - of standard input's; the two texts of a pair are separated by a tab")
     use.add_argument("--adapter", metavar="DIR", help="run folder to predict with")
 
     machine = parser.add_argument_group("machine")
+    machine.add_argument("--resume", metavar="DIR", help="go on with the run in DIR, after its last checkpoint")
+    machine.add_argument("--save-every", type=positive(int), metavar="STEPS", help="between checkpoints (default: an epoch's)")
+    machine.add_argument("--quiet", action="store_true", help="print the result alone, as one line of JSON")
     machine.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
                          help="of the frozen GPT-2; what is trained stays float32 (default: float32)")
     machine.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: auto")
@@ -566,12 +791,19 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)
+    args.command = sys.argv[1:] if argv is None else list(argv)
+    if args.resume and args.out != args.resume:                       # the command that began the run, then this one's flags
+        try:
+            began_with = json.loads(Path(args.resume, "command.json").read_text())
+        except (OSError, ValueError):
+            parser.error(f"{args.resume} holds no run with a readable command.json: begin one with --task")
+        return parse_args([*began_with, *args.command, "--out", args.resume])
     if (args.predict is None) != (args.adapter is None):
         parser.error("--predict TEXT and --adapter DIR go together")
     if args.task is None and args.predict is None:
         parser.error(f"name a task: --task {' or '.join(data.TASKS)}")
     named = {"task", "method", "model", "data", "out", "seed", "predict", "adapter", "device", "cache", "compare", "ablate",
-             "methods", "seeds"}
+             "methods", "seeds", "command", "resume", "save_every", "quiet"}
     args.changed = [name for name, value in vars(args).items()
                     if name not in named and value != parser.get_default(name)]
     tiny = args.model == "tiny"
@@ -591,22 +823,37 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def keep_freed_memory() -> None:
+    """Tell glibc not to hand freed tensors back to the system, which would have to clear their pages again each step."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-1, 2 ** 31 - 1)                                  # M_TRIM_THRESHOLD, in bytes
+        libc.mallopt(-3, 2 ** 25)                                      # M_MMAP_THRESHOLD, the most that is allowed
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command line. Exits with 2 and one line for bad input, 130 for Ctrl-C."""
     args = parse_args(argv)
+    quiet = args.quiet or os.environ.get("RANK", "0") != "0"           # of several processes, the first one speaks
+    if quiet:
+        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)     # every progress bar, data's and model's too
+    keep_freed_memory()
     try:
+        join_processes(args)
         if args.predict is not None:
-            predict_text(args)
-        elif args.compare or args.ablate:
-            study(args)
-        else:
-            run(args)
+            return predict_text(args)
+        with redirect_stdout(open(os.devnull, "w")) if quiet else nullcontext():
+            result = study(args) if args.compare or args.ablate else run(args)
+        if result and rank_and_world_size()[0] == 0:
+            print(json.dumps(result))
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
         print(f"train.py: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

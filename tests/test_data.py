@@ -69,7 +69,7 @@ def test_the_shifted_domain_negates_intensifies_and_contrasts(sample):
 
 
 def test_the_sample_is_the_same_every_time():
-    assert data.sst2_sample() == data.sst2_sample()
+    assert data.sst2_sample() == data.sst2_sample.__wrapped__()     # made anew, not read from the cache
     assert data.pretraining_text(50) == data.pretraining_text(50)
 
 

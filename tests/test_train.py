@@ -52,7 +52,8 @@ def test_the_result_is_complete_and_the_loss_falls(finished):
     assert [line["epoch"] for line in epochs] == [1, 2, 3] and epochs[-1]["accuracy"] == result["accuracy"]
     assert epochs[-1]["loss"] < epochs[0]["loss"]
     assert config.items() <= result.items()
-    assert sorted(path.name for path in out.iterdir()) == ["adapter.pt", "metrics.jsonl", "result.json"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "adapter.pt", "command.json", "metrics.jsonl", "result.json"]
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished, tmp_path):
@@ -216,10 +217,10 @@ def test_predict_prints_label_and_probabilities(finished, capsys):
     out, _ = finished
     for text, label in (("a gorgeous , witty film", "positive"), ("a dull , lazy film", "negative")):
         train.main(["--adapter", str(out), "--predict", text])
-        printed, negative, positive = capsys.readouterr().out.strip().split("\t")
-        p = [float(cell.split()[1]) for cell in (negative, positive)]
-        assert printed == label and sum(p) == pytest.approx(1, abs=0.002)
-        assert (p[1] > p[0]) == (label == "positive")
+        header, row = (line.split("\t") for line in capsys.readouterr().out.splitlines())
+        assert header == ["label", "negative", "positive", "sentence"] and [row[0], row[3]] == [label, text]
+        p = [float(cell) for cell in row[1:3]]
+        assert sum(p) == pytest.approx(1, abs=0.002) and (p[1] > p[0]) == (label == "positive")
 
 
 def test_an_adapter_of_another_model_is_refused(finished, capsys, tmp_path):
@@ -303,7 +304,7 @@ def test_a_folder_that_holds_another_run_is_left_alone(finished, capsys):
 def test_a_loss_that_is_not_finite_stops_and_names_step_and_learning_rate(tiny, capsys, tmp_path):
     message = refused(capsys, *QUICK, "--lr", "1e20", "--out", tmp_path / "run")
     assert "loss is nan at step" in message and "learning rate" in message and "lower --lr" in message
-    assert "nothing was saved yet" in message and not (tmp_path / "run").exists()
+    assert "nothing was saved yet" in message and not (tmp_path / "run" / "adapter.pt").exists()
 
 
 def test_texts_that_do_not_fit_are_cut_and_counted(tiny, capsys, tmp_path):
@@ -312,7 +313,7 @@ def test_texts_that_do_not_fit_are_cut_and_counted(tiny, capsys, tmp_path):
     assert json.loads((tmp_path / "result.json").read_text())["texts_cut"] > 0
 
 
-def test_ctrl_c_ends_cleanly_and_keeps_the_last_whole_epoch(tiny, tmp_path):
+def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tiny, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "train.py", "--task", "sst2", "--max-train", "200", "--epochs", "100000", "--out", str(tmp_path / "run")],
         cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -322,9 +323,10 @@ def test_ctrl_c_ends_cleanly_and_keeps_the_last_whole_epoch(tiny, tmp_path):
             break
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors
-    assert "interrupted" in errors and "holds the adapter after epoch" in errors
+    assert "interrupted at step" in errors and f"python train.py --resume {tmp_path / 'run'}" in errors
     assert train.load_adapter(tmp_path / "run")["model_options"]["method"] == "lopa"
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["adapter.pt", "metrics.jsonl"]
+    left = sorted(path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith("checkpoint-"))
+    assert left == ["adapter.pt", "command.json", "metrics.jsonl"]
 
 
 @pytest.mark.skipif("GLUE_DIR" not in os.environ, reason="GLUE_DIR does not name a folder with the real SST-2/train.tsv")

@@ -1,0 +1,293 @@
+"""Long runs: batches of similar length, checkpoints, runs that were killed or interrupted, several processes."""
+
+import errno
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import train
+
+REPOSITORY = Path(train.__file__).parent
+RUN = ["--task", "sst2", "--max-train", "320", "--epochs", "2", "--save-every", "3"]        # 20 steps
+
+
+def outcome(folder):
+    """All that a run leaves, without the times."""
+    result = json.loads((folder / "result.json").read_text())
+    times = {"train_seconds", "pretrain_seconds"}
+    return {"adapter": (folder / "adapter.pt").read_bytes(), "metrics": (folder / "metrics.jsonl").read_bytes(),
+            "result": {name: value for name, value in result.items() if name not in times},
+            "files": sorted(path.name for path in folder.iterdir() if path.name != "command.json")}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny, tmp_path_factory):
+    """What a run leaves that nothing disturbed."""
+    out = tmp_path_factory.mktemp("surviving") / "unbroken"
+    train.main([*RUN, "--out", str(out)])
+    return outcome(out)
+
+
+def interrupt(monkeypatch, step, *argv):
+    """Run the command line, with Ctrl-C pressed during `step`; returns nothing, the exit code is checked."""
+    def fit(model, problem, options, state, after_step, fit=train.fit):
+        def press_at_step(trainer):
+            if trainer.step == step:
+                signal.raise_signal(signal.SIGINT)
+            after_step(trainer)
+        return fit(model, problem, options, state, press_at_step)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as stop:
+        patched.setattr(train, "fit", fit)
+        train.main([str(a) for a in argv])
+    assert stop.value.code == 130
+
+
+# --- batches ---------------------------------------------------------------------------------------------------
+
+
+def split_of(lengths):
+    tokens = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+    return data.Encoded(tokens, torch.tensor(lengths), torch.zeros(len(lengths), dtype=torch.long), 0)
+
+
+def test_batches_of_similar_length_hold_every_row_once_in_an_order_that_changes():
+    draw = random.Random(0)
+    ragged = split_of([draw.choice([5, 6, 7, 8, 40, 60]) for _ in range(5003)])
+    assert ragged.ragged and not split_of([7, 12, 15]).ragged
+    generator = torch.Generator().manual_seed(0)
+    epochs = [train.shuffled_batches(ragged, 16, generator) for _ in range(2)]
+    for batches in epochs:
+        assert torch.cat(batches).sort().values.tolist() == list(range(5003)) and len(batches) == 313
+    assert not torch.equal(torch.cat(epochs[0]), torch.cat(epochs[1]))
+
+    def padded(batches):
+        return sum(len(rows) * ragged.lengths[rows].max().item() for rows in batches) / ragged.lengths.sum().item()
+
+    at_random = torch.randperm(5003, generator=generator).split(16)
+    assert padded(epochs[0]) < 1.05 and padded(at_random) > 2
+    widths = torch.stack([ragged.lengths[rows].max() for rows in epochs[0]]).float()
+    halves = widths[:156].mean() / widths[156:].mean()
+    assert 0.7 < halves < 1.4                                          # long batches come early and late
+
+
+def test_texts_of_ragged_length_get_the_same_predictions_in_the_order_of_the_rows(tiny):
+    gpt, tokenizer = tiny
+    task = data.TASKS["sst2"]
+    rows = [({"sentence": " and ".join([fields["sentence"]] * (1 + 5 * (i % 7 == 0)))}, label)
+            for i, (fields, label) in enumerate(data.sst2_sample()[0][:600])]
+    split = data.encode(task, rows, tokenizer, 110)
+    assert split.ragged
+    encoder = train.InstanceEncoder(gpt)
+    for i, h in enumerate(train.instance_embeddings(encoder, split)[:40]):
+        alone = encoder(split.tokens[i:i + 1, :split.lengths[i]], split.lengths[i:i + 1])[0]
+        assert torch.allclose(h, alone, atol=1e-5)
+
+
+def test_embeddings_of_many_texts_are_kept_and_found_by_model_and_text(tiny, tmp_path, monkeypatch):
+    gpt, tokenizer = tiny
+    encoder = train.InstanceEncoder(gpt)
+    split = data.encode(data.TASKS["sst2"], (data.sst2_sample()[0] * 5)[:2 ** 20 // 64], tokenizer, 100)
+    computed = []
+    monkeypatch.setattr(train, "instance_embeddings", lambda *a, f=train.instance_embeddings: computed.append(a) or f(*a))
+
+    first = train.kept_embeddings(encoder, split, "model one", tmp_path)
+    again = train.kept_embeddings(encoder, split, "model one", tmp_path)
+    assert len(computed) == 1 and torch.equal(first, again)
+    train.kept_embeddings(encoder, split, "model two", tmp_path)
+    other = data.Encoded(split.tokens.flip(0), split.lengths.flip(0), split.labels, 0)
+    assert torch.allclose(train.kept_embeddings(encoder, other, "model one", tmp_path), first.flip(0), atol=1e-5)
+    encoder.fit(first)
+    train.kept_embeddings(encoder, split, "model one", tmp_path)       # standardised: other numbers than before
+    assert len(computed) == 4 and len(list(tmp_path.iterdir())) == 4
+    train.kept_embeddings(encoder, split[:100], "model one", tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4                          # few are made anew, it takes no time
+
+
+# --- runs that end early ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attempt", range(int(os.environ.get("KILLS", 3))))
+def test_a_run_killed_at_any_moment_ends_bit_for_bit_as_if_nothing_had_been(unbroken, tmp_path, attempt):
+    def start(*argv):
+        return subprocess.Popen([sys.executable, "train.py", *argv], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True,
+                                env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
+
+    process = start(*RUN, "--save-every", "1", "--out", str(tmp_path))
+    while not list(tmp_path.glob("checkpoint-*.pt" if attempt % 4 else "metrics.jsonl")):
+        time.sleep(0.005)
+    time.sleep(random.uniform(0, 0.6))                                 # its 20 steps and their checkpoints take about that long
+    process.kill()
+    process.communicate()
+    print("was killed" if process.returncode == -signal.SIGKILL else "had ended", sorted(os.listdir(tmp_path)))
+    assert start("--resume", str(tmp_path)).communicate() and outcome(tmp_path) == unbroken
+
+
+@pytest.mark.parametrize("flags", ["--method lopa --dropout 0.3", "--method lora", "--tune-encoder --dropout 0.1",
+                                   "--shuffle-instances"])
+@pytest.mark.parametrize("step", [4, 10])                              # within an epoch, and at the end of one
+def test_a_run_interrupted_by_ctrl_c_goes_on_where_it_was(tiny, tmp_path, monkeypatch, capsys, flags, step):
+    argv = [*RUN, *flags.split()]
+    train.main([*argv, "--out", str(tmp_path / "unbroken")])
+    interrupt(monkeypatch, step, *argv, "--out", tmp_path / "run")
+    captured = capsys.readouterr()
+    assert f"interrupted at step {step} of 20" in captured.err and f"--resume {tmp_path / 'run'}" in captured.err
+    train.main(["--resume", str(tmp_path / "run")])
+    assert f"going on after step {step}" in capsys.readouterr().out
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "unbroken")
+
+
+def cut(content):
+    return content[:len(content) // 2]
+
+
+def flip_a_bit(content):
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1:]
+
+
+@pytest.mark.parametrize("damage", [cut, flip_a_bit, lambda content: b"", lambda content: os.urandom(len(content))])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(unbroken, tmp_path, monkeypatch, capsys, damage):
+    interrupt(monkeypatch, 8, *RUN, "--out", tmp_path)
+    checkpoints = sorted(tmp_path.glob("checkpoint-*.pt"))
+    assert [int(path.stem[-9:]) for path in checkpoints] == [6, 8]
+    checkpoints[-1].write_bytes(damage(checkpoints[-1].read_bytes()))
+    train.main(["--resume", str(tmp_path)])
+    captured = capsys.readouterr()
+    assert f"{checkpoints[-1]} cannot be read" in captured.err and "going on after step 6" in captured.out
+    assert outcome(tmp_path) == unbroken
+
+
+def test_a_full_disk_stops_with_one_line_and_loses_nothing(unbroken, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patched:
+        def save(content, file, save=torch.save):
+            if content.get("step", 0) > 8:
+                file.write(b"half of it")
+                raise OSError(errno.ENOSPC, "No space left on device")
+            save(content, file)
+
+        patched.setattr(torch, "save", save)
+        with pytest.raises(SystemExit) as stop:
+            train.main([*RUN, "--out", str(tmp_path)])
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and "No space left on device" in message and "checkpoint-000000006.pt" in message
+    train.main(["--resume", str(tmp_path)])
+    assert outcome(tmp_path) == unbroken
+
+
+def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(tiny, tmp_path, monkeypatch, capsys):
+    def cross_entropy(logits, labels, steps=[], original=torch.nn.functional.cross_entropy):
+        steps.append(1)
+        return original(logits, labels) * (float("inf") if len(steps) == 8 else 1)
+
+    monkeypatch.setattr(train.F, "cross_entropy", cross_entropy)
+    with pytest.raises(SystemExit) as stop:
+        train.main([*RUN, "--out", str(tmp_path)])
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and "loss is inf at step 8 of 20" in message and "checkpoint-000000006.pt" in message
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-000000003.pt", "checkpoint-000000006.pt"]
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--resume", "{empty}"], "holds no run"),
+    (["--resume", "{run}", "--rank", "2"], "holds another run: rank is 4 there and 2 here"),
+    ([*RUN, "--out", "{file}/run"], "cannot be saved"),
+    ([*RUN, "--seed", "1", "--out", "{run}"], "holds another run: seed is 0 there and 1 here"),
+])
+def test_a_folder_that_cannot_be_gone_on_with_gets_one_line(tiny, tmp_path, monkeypatch, capsys, argv, message):
+    places = {name: tmp_path / name for name in ("empty", "run", "file")}
+    places["empty"].mkdir()
+    places["file"].write_text("in the way")
+    interrupt(monkeypatch, 4, *RUN, "--out", places["run"])
+    before = {path.name: path.read_bytes() for path in places["run"].iterdir()}
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train.main([word.format(**places) for word in argv])
+    assert stop.value.code == 2 and message in capsys.readouterr().err.strip().splitlines()[-1]
+    assert {path.name: path.read_bytes() for path in places["run"].iterdir()} == before
+
+
+def test_resuming_a_finished_run_changes_nothing(unbroken, tmp_path, capsys):
+    train.main([*RUN, "--out", str(tmp_path)])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    capsys.readouterr()
+    train.main(["--resume", str(tmp_path)])
+    printed = capsys.readouterr().out.splitlines()
+    assert "is finished" in printed[0] and json.loads(printed[1]) == json.loads(before["result.json"])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+# --- several processes -----------------------------------------------------------------------------------------
+
+
+def test_two_processes_train_what_one_trains(unbroken, tmp_path):
+    # 330 rows: a last batch of 10, and 5 rows of it for each process
+    runs = {"two": ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29577"], "one": []}
+    printed = {}
+    for name, launcher in runs.items():
+        command = [sys.executable, *launcher, "train.py", "--task", "sst2", "--max-train", "330", "--epochs", "2",
+                   "--out", str(tmp_path / name)]
+        printed[name] = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
+        assert printed[name].returncode == 0, printed[name].stderr
+    one, two = (train.load_adapter(tmp_path / name)["tensors"] for name in ("one", "two"))
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
+    curves = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in runs]
+    for two_line, one_line in zip(*curves):
+        assert two_line == pytest.approx(one_line, abs=1e-5) if "loss" in one_line else two_line == one_line
+    assert printed["two"].stdout.count("epoch 2/2") == 1               # the first process alone speaks
+
+
+def test_several_processes_refuse_what_they_cannot_share(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29578", "train.py", "--task",
+               "sst2", "--max-train", "321", "--epochs", "1", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
+    assert done.returncode != 0 and "the last batch has 1 rows for 2 processes: change --batch-size" in done.stderr
+
+
+# --- at the terminal -------------------------------------------------------------------------------------------
+
+
+def test_quiet_prints_one_line_of_json(tiny, tmp_path):
+    done = subprocess.run([sys.executable, "train.py", *RUN, "--quiet", "--out", str(tmp_path)], cwd=REPOSITORY,
+                          capture_output=True, text=True)
+    assert json.loads(done.stdout) == json.loads((tmp_path / "result.json").read_text()) and done.stderr == ""
+
+
+def test_predict_reads_a_text_a_file_or_standard_input(tiny, tmp_path, monkeypatch, capsys):
+    train.main([*RUN, "--out", str(tmp_path / "run")])
+    texts = ["a witty , moving film", "the plot is not dull", "the cast fails"]
+    (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n")
+    capsys.readouterr()
+    tables = []
+    for source in (str(tmp_path / "texts.txt"), "-", *texts):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(("\n".join(texts)).encode())))
+        train.main(["--adapter", str(tmp_path / "run"), "--predict", source])
+        tables.append([line.split("\t") for line in capsys.readouterr().out.splitlines()])
+    from_file, from_stdin, *single = tables
+    assert from_file[0] == ["label", "negative", "positive", "sentence"] and [row[3] for row in from_file[1:]] == texts
+    assert from_stdin == from_file and [table[1] for table in single] == from_file[1:]
+    for label, negative, positive, _ in from_file[1:]:
+        assert float(negative) + float(positive) == pytest.approx(1, abs=2e-3)
+        assert (label == "positive") == (float(positive) > float(negative))
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "is empty"), (b"good\n\nbad", "line 2: 0 texts, the task takes 1 (sentence)"),
+    (b"good\tbad", "line 1: 2 texts, the task takes 1"), (b"good\xff", "byte 4 is not UTF-8")])
+def test_a_bad_file_of_texts_gets_one_line(tmp_path, content, message):
+    (tmp_path / "texts.txt").write_bytes(content)
+    with pytest.raises(ValueError, match="texts.txt"):
+        train.read_texts(str(tmp_path / "texts.txt"), ["sentence"])
+    with pytest.raises(ValueError) as error:
+        train.read_texts(str(tmp_path / "texts.txt"), ["sentence"])
+    assert message in str(error.value)
