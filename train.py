@@ -3,7 +3,9 @@
     python train.py --task sst2                            LoPA on the built-in sample, half a minute the first time
     python train.py --task sst2 --method pt                prompt tuning, to compare
     python train.py --task sst2 --data DIR                 real GLUE files: DIR/SST-2/train.tsv and dev.tsv
-    python train.py --adapter runs/sst2-lopa-tiny-seed0 --predict "a gorgeous , witty film"
+    python train.py --adapter runs/sst2-lopa-tiny-seed0 --predict "a gorgeous , witty film"     or a file, or - for stdin
+    python train.py --resume runs/sst2-lopa-tiny-seed0     go on after a crash, bit for bit
+    torchrun --nproc_per_node=2 train.py --task sst2       several processes share every batch
     python train.py --task sst2 --compare                  every method, five seeds, one table
     python train.py --task sst2 --ablate                   LoPA with one thing changed at a time, five seeds
 
@@ -109,7 +111,8 @@ class Adapted(nn.Module):
             inputs_embeds = self.prompt(inputs_embeds, instance)       # (B, m + T, d)
         m = inputs_embeds.shape[1] - tokens.shape[1]
         last = self.gpt.hidden_at(inputs_embeds, m + lengths - 1)      # (B, d)
-        return self.gpt.logits(last)[:, self.label_ids]
+        logits = self.gpt.logits(last)[:, self.label_ids]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))             # bfloat16 is coarse for a softmax
 
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
@@ -344,6 +347,9 @@ class Trainer:
                  seed: int):
         self.model, self.split, self.instances, self.batch_size, self.seed = model, split, instances, batch_size, seed
         self.rank, self.world_size = rank_and_world_size()
+        if (smallest := (len(split) - 1) % batch_size + 1) < self.world_size:
+            raise ValueError(f"the last batch has {smallest} rows for {self.world_size} processes: "
+                             "change --batch-size")
         self.forward = DistributedDataParallel(model, init_sync=False) if self.world_size > 1 else model
         self.parameters = list(model.trained().values())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=0.0)
@@ -353,9 +359,6 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(seed)           # of the order of the data alone
         self.order_state = self.generator.get_state()                  # at the start of the epoch
         self.epoch, self.step, self.losses = 1, 0, []                  # this epoch, steps done in all, the epoch's losses
-        if len(split) % batch_size and len(split) % batch_size < self.world_size:
-            raise ValueError(f"the last batch has {len(split) % batch_size} rows for {self.world_size} processes: "
-                             "change --batch-size")
 
     def state_dict(self) -> dict:
         return dict(epoch=self.epoch, step=self.step, losses=self.losses, order_state=self.order_state,
@@ -379,7 +382,7 @@ class Trainer:
         for whole, (rows, tokens, lengths, labels) in zip(order, batches(self.split, shares)):
             torch.manual_seed((self.seed * self.total_steps + self.step) * self.world_size + self.rank)        # dropout's
             logits = self.forward(tokens, lengths, self.instances[rows])               # (B, labels)
-            loss = F.cross_entropy(logits.float(), labels)             # over the label words alone
+            loss = F.cross_entropy(logits, labels)             # over the label words alone
             self.optimizer.zero_grad()
             (loss * (len(rows) * self.world_size / len(whole))).backward()     # the processes' mean is then the batch's
             nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -528,15 +531,14 @@ def configs(args: argparse.Namespace, problem: Problem) -> tuple[dict, dict]:
 
 def run(args: argparse.Namespace) -> dict:
     """Train and score one method; leave result.json, metrics.jsonl and adapter.pt in the run folder."""
-    out, first = Path(args.out or default_folder(args)), rank_and_world_size()[0] == 0
+    out = Path(args.out or default_folder(args))
     if args.resume and (out / "result.json").exists():
         print(f"{out} is finished")
         return json.loads((out / "result.json").read_text())
     problem = prepare(args)
     about, options = configs(args, problem)
-    if first:
+    if rank_and_world_size()[0] == 0:
         claim_folder(out / "metrics.jsonl", about | options)
-        (out / "result.json").unlink(missing_ok=True)          # of an earlier, equal run
     model = build(problem, options)
     trainable, total = get_nb_trainable_parameters(model)
     before = problem.baselines()
@@ -544,34 +546,61 @@ def run(args: argparse.Namespace) -> dict:
     print(f"trainable: {trainable:,} of {total:,} parameters; the instance encoder is {args.encoder or 'the model itself'}, "
           + ("a copy, trained and counted too" if args.tune_encoder else "frozen"))
     print(f"before training, accuracy on {problem.test_name}: majority class {before['majority']:.3f}, zero-shot "
-          f"{before['zero_shot']:.3f}, linear probe on the instance embedding {before['linear_probe']:.3f}")
+          f"{before['zero_shot']:.3f}, linear probe on the instance embedding {before['linear_probe']:.3f}", flush=True)
+    last, seconds = train_and_save(args, out, model, problem, about, options)
+    scores = {f"accuracy_{name}": accuracy(predict(model, split, h), split.labels)
+              for name, (split, h) in problem.more_tests.items()}
+    if "f1" in data.TASKS[args.task].metrics:
+        probabilities = predict(model, problem.test, problem.test_instances)
+        scores["f1"] = data.f1(probabilities.argmax(dim=-1), problem.test.labels)
+    result = about | options | before | scores | dict(
+        accuracy=last["accuracy"], trainable_parameters=trainable, total_parameters=total, train_seconds=seconds,
+        pretrain_seconds=problem.pretrain_seconds, torch=torch.__version__, device=args.device)
+    if rank_and_world_size()[0] == 0:
+        data.save_file(out / "result.json", result)
+        for rest in [*out.glob("checkpoint-*"), *out.glob("*.part")]:  # a killed process leaves half a file behind
+            rest.unlink()
+    print(f"wrote {out}/adapter.pt, metrics.jsonl and result.json; to use it: "
+          f'python train.py --adapter {out} --predict "..."')
+    return result
+
+
+def train_and_save(args: argparse.Namespace, out: Path, model: Adapted, problem: Problem, about: dict,
+                   options: dict) -> tuple[dict, float]:
+    """Train `model`, from the last checkpoint if the folder has one; returns (last epoch's line, seconds in all).
+
+    Whenever the process ends, the folder's files are whole, and --resume goes on from them.
+    """
+    first = rank_and_world_size()[0] == 0                              # of several processes, this one writes
     adapter = dict(format=ADAPTER_FORMAT, task_name=args.task, task=asdict(data.TASKS[args.task]) | {"sample": None},
                    **{name: about[name] for name in ("model", "encoder", "dtype", "pretrain_seed", "fingerprint")},
                    model_options={name: options[name] for name in MODEL_OPTIONS},
                    instance_mean=problem.encoder.mean.cpu(), instance_std=problem.encoder.std.cpu())
     state = from_first_process(load_checkpoint(out) if first else None) or {}
-    metrics, seconds_before = state.get("metrics", [about | options]), state.get("seconds", 0.0)
-    began, stop = time.time(), []
+    metrics, began = state.get("metrics", [about | options]), time.time() - state.get("seconds", 0.0)
     if first:
         if not args.resume:
             data.save_file(out / "command.json", args.command)         # for --resume
         data.save_file(out / "metrics.jsonl", metrics)                 # from here on the folder is this run's
+        (out / "result.json").unlink(missing_ok=True)                  # of an earlier, equal one
+    interrupted = []
 
     def after_step(trainer: Trainer) -> None:
-        """Save where a checkpoint is due, and after Ctrl-C, which is why that only leaves a note: no step is cut in two."""
-        if stop or trainer.step % (args.save_every or trainer.steps_per_epoch) == 0:
+        if interrupted or trainer.step % (args.save_every or trainer.steps_per_epoch) == 0:
             trainer.check()
             if first:
-                save_checkpoint(out, trainer.state_dict() | dict(metrics=metrics, seconds=seconds_before + time.time() - began))
-        if stop:
+                save_checkpoint(out, trainer.state_dict() | dict(metrics=metrics, seconds=time.time() - began))
+        if interrupted:
             raise KeyboardInterrupt(f"interrupted at step {trainer.step} of {trainer.total_steps}")
 
-    default_handler = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
+    # Ctrl-C leaves a note that is read after the step: what is saved is never half a step.
+    default_handler = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
     try:
         for line in fit(model, problem, options, state, after_step):
-            print(f"epoch {line['epoch']}/{args.epochs}: loss {line['loss']:.4f}, {problem.test_name} accuracy "
-                  f"{line['accuracy']:.3f}, {seconds_before + line.pop('seconds'):.1f} s", flush=True)
+            del line["seconds"]                                        # the file of an unbroken run is the same
             metrics.append(line)
+            print(f"epoch {line['epoch']}/{args.epochs}: loss {line['loss']:.4f}, {problem.test_name} accuracy "
+                  f"{line['accuracy']:.3f}, {time.time() - began:.1f} s", flush=True)
             if first:
                 tensors = {name: tensor.detach().cpu() for name, tensor in model.trained().items()}
                 data.save_file(out / "adapter.pt", adapter | {"tensors": tensors})
@@ -582,22 +611,7 @@ def run(args: argparse.Namespace) -> dict:
         raise type(error)(f"{error}; {kept}") from None
     finally:
         signal.signal(signal.SIGINT, default_handler)
-    scores = {f"accuracy_{name}": accuracy(predict(model, split, h), split.labels)
-              for name, (split, h) in problem.more_tests.items()}
-    if "f1" in data.TASKS[args.task].metrics:
-        probabilities = predict(model, problem.test, problem.test_instances)
-        scores["f1"] = data.f1(probabilities.argmax(dim=-1), problem.test.labels)
-    result = about | options | before | scores | dict(
-        accuracy=metrics[-1]["accuracy"], trainable_parameters=trainable, total_parameters=total,
-        train_seconds=seconds_before + time.time() - began, pretrain_seconds=problem.pretrain_seconds,
-        torch=torch.__version__, device=args.device)
-    if first:
-        data.save_file(out / "result.json", result)
-        for rest in [*out.glob("checkpoint-*"), *out.glob("*.part")]:  # a killed process leaves half a file behind
-            rest.unlink()
-    print(f"wrote {out}/adapter.pt, metrics.jsonl and result.json; to use it: "
-          f'python train.py --adapter {out} --predict "..."')
-    return result
+    return metrics[-1], time.time() - began
 
 
 def predict_text(args: argparse.Namespace) -> None:
@@ -620,21 +634,21 @@ def predict_text(args: argparse.Namespace) -> None:
 
 def read_texts(source: str, fields: list[str]) -> list[list[str]]:
     """The texts of a file, of standard input ("-"), or `source` itself: one example a line, a pair separated by a tab."""
-    lines, where = [source], "--predict"
-    if source == "-" or os.path.isfile(source):
-        where = "standard input" if source == "-" else source
-        try:
-            content = (sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()).decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{where}: byte {error.start} is not UTF-8: save it as UTF-8") from None
-        lines = content.splitlines()
+    content, where = source.encode(), "--predict"
+    if source == "-":
+        content, where = sys.stdin.buffer.read(), "standard input"
+    elif os.path.isfile(source):
+        content, where = Path(source).read_bytes(), source
+    try:
+        lines = content.decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: byte {error.start} is not UTF-8: save it as UTF-8") from None
     rows = [line.split("\t") for line in lines]
     for number, row in enumerate(rows, start=1):
-        if len(row) != len(fields) or not all(text.strip() for text in row):
-            raise ValueError(f"{where}, line {number}: {sum(1 for text in row if text.strip())} texts, the task takes "
-                             f"{len(fields)} ({', '.join(fields)}): separate them with a tab")
-    if not rows:
-        raise ValueError(f"{where} is empty: write one text a line")
+        found = sum(1 for text in row if text.strip())
+        if not found == len(row) == len(fields):
+            raise ValueError(f"{where}, line {number}: {found} texts, the task takes {len(fields)} ({', '.join(fields)}): "
+                             "separate them with a tab")
     return rows
 
 
