@@ -23,6 +23,7 @@ import os
 import signal
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -542,7 +543,8 @@ def run(args: argparse.Namespace) -> dict:
     model = build(problem, options)
     trainable, total = get_nb_trainable_parameters(model)
     before = problem.baselines()
-    print("config: " + ", ".join(f"{name} {value}" for name, value in (about | options).items()))
+    config = ", ".join(f"{name} {value}" for name, value in (about | options).items())
+    print(textwrap.fill(f"config: {config}", 110, subsequent_indent="  "))
     print(f"trainable: {trainable:,} of {total:,} parameters; the instance encoder is {args.encoder or 'the model itself'}, "
           + ("a copy, trained and counted too" if args.tune_encoder else "frozen"))
     print(f"before training, accuracy on {problem.test_name}: majority class {before['majority']:.3f}, zero-shot "

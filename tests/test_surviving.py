@@ -77,8 +77,7 @@ def test_batches_of_similar_length_hold_every_row_once_in_an_order_that_changes(
     at_random = torch.randperm(5003, generator=generator).split(16)
     assert padded(epochs[0]) < 1.05 and padded(at_random) > 2
     widths = torch.stack([ragged.lengths[rows].max() for rows in epochs[0]]).float()
-    halves = widths[:156].mean() / widths[156:].mean()
-    assert 0.7 < halves < 1.4                                          # long batches come early and late
+    assert (widths[:50].diff() < 0).sum() > 10                         # long batches come early and late
 
 
 def test_texts_of_ragged_length_get_the_same_predictions_in_the_order_of_the_rows(tiny):
@@ -135,7 +134,7 @@ def test_a_run_killed_at_any_moment_ends_bit_for_bit_as_if_nothing_had_been(unbr
 
 @pytest.mark.parametrize("flags", ["--method lopa --dropout 0.3", "--method lora", "--tune-encoder --dropout 0.1",
                                    "--shuffle-instances"])
-@pytest.mark.parametrize("step", [4, 10])                              # within an epoch, and at the end of one
+@pytest.mark.parametrize("step", [14, 10])                             # within an epoch, and at the end of one
 def test_a_run_interrupted_by_ctrl_c_goes_on_where_it_was(tiny, tmp_path, monkeypatch, capsys, flags, step):
     argv = [*RUN, *flags.split()]
     train.main([*argv, "--out", str(tmp_path / "unbroken")])
@@ -231,11 +230,11 @@ def test_resuming_a_finished_run_changes_nothing(unbroken, tmp_path, capsys):
 
 
 def test_two_processes_train_what_one_trains(unbroken, tmp_path):
-    # 330 rows: a last batch of 10, and 5 rows of it for each process
+    # 331 rows: the last batch has 11, and the processes 6 and 5 of them
     runs = {"two": ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29577"], "one": []}
     printed = {}
     for name, launcher in runs.items():
-        command = [sys.executable, *launcher, "train.py", "--task", "sst2", "--max-train", "330", "--epochs", "2",
+        command = [sys.executable, *launcher, "train.py", "--task", "sst2", "--max-train", "331", "--epochs", "2",
                    "--out", str(tmp_path / name)]
         printed[name] = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
         assert printed[name].returncode == 0, printed[name].stderr
