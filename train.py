@@ -16,6 +16,7 @@ two yardsticks: lora adds to the model's weights, full trains all of them).
 import argparse
 import copy
 import ctypes
+import gc
 import hashlib
 import json
 import math
@@ -874,3 +875,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    gc.freeze()                                                        # or Python looks through all of torch before it ends
