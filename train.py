@@ -303,8 +303,10 @@ def kept_embeddings(encoder: InstanceEncoder, split: data.Encoded, frozen: str, 
     """Instance embeddings, kept on disk under the name of what they were made from where there are over a million numbers."""
     if len(split) * len(encoder.mean) < 2 ** 20:
         return instance_embeddings(encoder, split)
-    made_from = torch.cat([part.double().flatten().cpu() for part in (split.tokens, split.lengths, encoder.mean, encoder.std)])
-    path = Path(cache_dir) / f"instances-{hashlib.sha256(frozen.encode() + made_from.numpy().tobytes()).hexdigest()[:12]}.pt"
+    made_from = hashlib.sha256(frozen.encode())
+    for part in (split.tokens, split.lengths, encoder.mean, encoder.std):
+        made_from.update(part.cpu().contiguous().numpy())
+    path = Path(cache_dir) / f"instances-{made_from.hexdigest()[:12]}.pt"
     rank, _ = rank_and_world_size()
     kept = from_first_process(data.load_file(path) if rank == 0 and path.exists() else None)
     if kept is None:
@@ -350,8 +352,7 @@ class Trainer:
         self.model, self.split, self.instances, self.batch_size, self.seed = model, split, instances, batch_size, seed
         self.rank, self.world_size = rank_and_world_size()
         if (smallest := (len(split) - 1) % batch_size + 1) < self.world_size:
-            raise ValueError(f"the last batch has {smallest} rows for {self.world_size} processes: "
-                             "change --batch-size")
+            raise ValueError(f"the last batch has {smallest} rows for {self.world_size} processes: change --batch-size")
         self.forward = DistributedDataParallel(model, init_sync=False) if self.world_size > 1 else model
         self.parameters = list(model.trained().values())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=0.0)
@@ -363,11 +364,15 @@ class Trainer:
         self.epoch, self.step, self.losses = 1, 0, []                  # this epoch, steps done in all, the epoch's losses
 
     def state_dict(self) -> dict:
-        return dict(epoch=self.epoch, step=self.step, losses=self.losses, order_state=self.order_state,
+        losses = torch.stack(self.losses)
+        if self.world_size > 1:
+            dist.all_reduce(losses)
+        return dict(epoch=self.epoch, step=self.step, losses=losses, order_state=self.order_state,
                     optimizer=self.optimizer.state_dict(), schedule=self.schedule.state_dict(), trained=self.model.trained())
 
     def load_state_dict(self, state: dict) -> None:
-        self.epoch, self.step, self.losses, self.order_state = (state[n] for n in ("epoch", "step", "losses", "order_state"))
+        self.epoch, self.step, self.order_state = state["epoch"], state["step"], state["order_state"]
+        self.losses = list(state["losses"].to(self.split.labels.device) / self.world_size)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         for name, parameter in self.model.trained().items():
@@ -384,9 +389,9 @@ class Trainer:
         for whole, (rows, tokens, lengths, labels) in zip(order, batches(self.split, shares)):
             torch.manual_seed((self.seed * self.total_steps + self.step) * self.world_size + self.rank)        # dropout's
             logits = self.forward(tokens, lengths, self.instances[rows])               # (B, labels)
-            loss = F.cross_entropy(logits, labels)             # over the label words alone
+            loss = F.cross_entropy(logits, labels)                     # over the label words alone
             self.optimizer.zero_grad()
-            (loss * (len(rows) * self.world_size / len(whole))).backward()     # the processes' mean is then the batch's
+            (loss * (len(rows) * self.world_size / len(whole))).backward()             # averaged, it is the whole batch's
             nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimizer.step()
             self.schedule.step()
@@ -413,7 +418,8 @@ class Trainer:
         for step, loss in enumerate(recent, start=self.step - len(recent) + 1):
             if not math.isfinite(loss):
                 lr = self.optimizer.defaults["lr"] * self.schedule.lr_lambdas[0](step - 1)
-                raise FloatingPointError(f"loss is {loss} at step {step} of {self.total_steps}, learning rate {lr:.2e}: lower --lr")
+                raise FloatingPointError(f"loss is {loss} at step {step} of {self.total_steps}, learning rate {lr:.2e}: "
+                                         "lower --lr")
         return recent[-1]
 
 
@@ -591,13 +597,17 @@ def train_and_save(args: argparse.Namespace, out: Path, model: Adapted, problem:
     def after_step(trainer: Trainer) -> None:
         if interrupted or trainer.step % (args.save_every or trainer.steps_per_epoch) == 0:
             trainer.check()
+            state = trainer.state_dict() | dict(metrics=metrics, seconds=time.time() - began)
             if first:
-                save_checkpoint(out, trainer.state_dict() | dict(metrics=metrics, seconds=time.time() - began))
+                save_checkpoint(out, state)
         if interrupted:
             raise KeyboardInterrupt(f"interrupted at step {trainer.step} of {trainer.total_steps}")
 
-    # Ctrl-C leaves a note that is read after the step: what is saved is never half a step.
-    default_handler = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
+    # Ctrl-C leaves a note that is read after the step: what is saved is never half a step. Several processes would read it
+    # at different steps, so there it ends them at once, and the last checkpoint stands.
+    default_handler = signal.getsignal(signal.SIGINT)
+    if not dist.is_initialized():
+        signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
     try:
         for line in fit(model, problem, options, state, after_step):
             del line["seconds"]                                        # the file of an unbroken run is the same
@@ -611,7 +621,7 @@ def train_and_save(args: argparse.Namespace, out: Path, model: Adapted, problem:
     except (KeyboardInterrupt, FloatingPointError, OSError) as error:
         saved = sorted(out.glob("checkpoint-*.pt"))
         kept = f"{saved[-1]} is the last checkpoint; to go on: python train.py --resume {out}" if saved else "nothing was saved yet"
-        raise type(error)(f"{error}; {kept}") from None
+        raise type(error)(f"{str(error) or 'interrupted'}; {kept}") from None
     finally:
         signal.signal(signal.SIGINT, default_handler)
     return metrics[-1], time.time() - began
