@@ -52,7 +52,8 @@ def accuracy_against_parameters():
         server = "server" in train.TRAINED[method]
         axes.errorbar(size, mean, statistics.stdev(scores), fmt="s" if server else "o", capsize=3,
                       color="#b3541e" if method == "lopa" else "#777777" if server else "#1f5fa8")
-        axes.annotate(method, (size, mean), xytext=(7, -11 if method == "bpt" else 4), textcoords="offset points")
+        axes.annotate(method, (size, mean), xytext={"bpt": (7, -11), "lopa": (-10, -16)}.get(method, (7, 4)),
+                      textcoords="offset points")
     zero_shot = json.loads((RUNS["lopa"] / "result.json").read_text())["zero_shot"]
     axes.axhline(zero_shot, color="#777777", linewidth=0.8, linestyle="--")
     axes.text(0.99, zero_shot, "zero-shot", color="#555555", fontsize=9, ha="right", va="bottom",
