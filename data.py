@@ -13,6 +13,7 @@ Negations and intensifiers are equally new to it: "I have not seen this word" do
 """
 
 import hashlib
+import io
 import json
 import os
 import random
@@ -541,7 +542,8 @@ def save_file(path: Path, content) -> None:
         elif path.suffix == ".jsonl":
             file.write("".join(json.dumps(line) + "\n" for line in content).encode())
         else:
-            torch.save(content, file)
+            torch.save(content, memory := io.BytesIO())                # straight to a full disk, it would not say why it failed
+            file.write(memory.getbuffer())
 
 
 def load_file(path: Path):

@@ -1,10 +1,10 @@
 """Long runs: batches of similar length, checkpoints, runs that were killed or interrupted, several processes."""
 
-import errno
 import io
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -168,18 +168,20 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(unbroken, tmp_
 
 
 def test_a_full_disk_stops_with_one_line_and_loses_nothing(unbroken, tmp_path, monkeypatch, capsys):
-    with monkeypatch.context() as patched:
-        def save(content, file, save=torch.save):
-            if content.get("step", 0) > 8:
-                file.write(b"half of it")
-                raise OSError(errno.ENOSPC, "No space left on device")
-            save(content, file)
+    def save_checkpoint(folder, state, save=train.save_checkpoint):
+        if state["step"] > 8:                                          # from now on no file may grow over 200 kB
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+        save(folder, state)
 
-        patched.setattr(torch, "save", save)
-        with pytest.raises(SystemExit) as stop:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as stop:
+        patched.setattr(train, "save_checkpoint", save_checkpoint)
+        try:
             train.main([*RUN, "--out", str(tmp_path)])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2 and "No space left on device" in message and "checkpoint-000000006.pt" in message
+    assert stop.value.code == 2 and "cannot be saved" in message and "File too large" in message and "checkpoint-000000006.pt" in message
     train.main(["--resume", str(tmp_path)])
     assert outcome(tmp_path) == unbroken
 
