@@ -132,9 +132,8 @@ def test_a_run_killed_at_any_moment_ends_bit_for_bit_as_if_nothing_had_been(unbr
     assert start("--resume", str(tmp_path)).communicate() and outcome(tmp_path) == unbroken
 
 
-@pytest.mark.parametrize("flags", ["--method lopa --dropout 0.3", "--method lora", "--tune-encoder --dropout 0.1",
-                                   "--shuffle-instances"])
-@pytest.mark.parametrize("step", [14, 10])                             # within an epoch, and at the end of one
+@pytest.mark.parametrize("flags, step", [                              # an epoch has 10 steps: within the second, at its start
+    ("--method lopa --dropout 0.3", 14), ("--method lora", 14), ("--tune-encoder --dropout 0.1", 10), ("--shuffle-instances", 10)])
 def test_a_run_interrupted_by_ctrl_c_goes_on_where_it_was(tiny, tmp_path, monkeypatch, capsys, flags, step):
     argv = [*RUN, *flags.split()]
     train.main([*argv, "--out", str(tmp_path / "unbroken")])
