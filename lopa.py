@@ -293,7 +293,8 @@ class ADePT(PromptTuning):
             nn.init.zeros_(zero)
 
     def forward(self, token_embeds: Tensor, instance: Tensor) -> Tensor:
-        offset = self.up_proj(F.relu(self.down_proj(token_embeds.to(self.down_proj.weight.dtype))))    # Eq. (11): (B, T, d)
+        X_e = token_embeds.to(self.down_proj.weight.dtype)             # the frozen model may be bfloat16
+        offset = self.up_proj(F.relu(self.down_proj(X_e)))             # Eq. (11): (B, T, d)
         return super().forward(token_embeds + offset.to(token_embeds.dtype), instance)
 
     @staticmethod
