@@ -569,8 +569,8 @@ def run(args: argparse.Namespace) -> dict:
         data.save_file(out / "result.json", result)
         for rest in [*out.glob("checkpoint-*"), *out.glob("*.part")]:  # a killed process leaves half a file behind
             rest.unlink()
-    print(f"wrote {out}/adapter.pt, metrics.jsonl and result.json; to use it: "
-          f'python train.py --adapter {out} --predict "..."')
+    print(f"wrote {out}/adapter.pt, metrics.jsonl and result.json\n"
+          f'to use it: python train.py --adapter {out} --predict "..."')
     return result
 
 

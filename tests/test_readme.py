@@ -28,7 +28,8 @@ def test_python_blocks_run():
 
 
 @pytest.mark.parametrize("command", [
-    line for _, language, code in FENCES if language == "sh" for line in re.findall(r"(?:python|torchrun --\S+) train\.py[^\n&]*", code)
+    line for _, language, code in FENCES if language == "sh"
+    for line in re.findall(r"(?:python|torchrun [^\n]*) train\.py[^\n&]*", re.sub(r"\\\n *", "", code))
 ] + re.findall(r"`(python train\.py [^`]*)`", README))
 def test_every_command_is_one_that_train_py_takes(command):
     words = shlex.split(re.sub(r"\b[A-Z]+\b", lambda word: {"METHOD": "lopa"}.get(word[0], "1"), command))
