@@ -507,16 +507,21 @@ def claim_folder(path: Path, config: dict) -> list[dict]:
     return lines
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """Oldest first: their names hold the step."""
+    return sorted(folder.glob("checkpoint-*.pt"))
+
+
 def save_checkpoint(folder: Path, state: dict) -> None:
     """Write DIR/checkpoint-STEP.pt and keep the one before it as well: a crash can damage what was written last."""
     data.save_file(folder / f"checkpoint-{state['step']:09d}.pt", state)
-    for old in sorted(folder.glob("checkpoint-*.pt"))[:-2]:
+    for old in checkpoints(folder)[:-2]:
         old.unlink()
 
 
 def load_checkpoint(folder: Path) -> dict | None:
     """The newest checkpoint that can be read; None if there is none."""
-    for path in sorted(folder.glob("checkpoint-*.pt"), reverse=True):
+    for path in reversed(checkpoints(folder)):
         try:
             state = data.load_file(path)
         except ValueError as error:
@@ -569,7 +574,7 @@ def run(args: argparse.Namespace) -> dict:
         pretrain_seconds=problem.pretrain_seconds, torch=torch.__version__, device=args.device)
     if rank_and_world_size()[0] == 0:
         data.save_file(out / "result.json", result)
-        for rest in [*out.glob("checkpoint-*"), *out.glob("*.part")]:  # a killed process leaves half a file behind
+        for rest in [*checkpoints(out), *out.glob("*.part")]:          # a killed process leaves half a file behind
             rest.unlink()
     print(f"wrote {out}/adapter.pt, metrics.jsonl and result.json\n"
           f'to use it: python train.py --adapter {out} --predict "..."')
@@ -621,7 +626,7 @@ def train_and_save(args: argparse.Namespace, out: Path, model: Adapted, problem:
                 data.save_file(out / "adapter.pt", adapter | {"tensors": tensors})
                 data.save_file(out / "metrics.jsonl", metrics)
     except (KeyboardInterrupt, FloatingPointError, OSError) as error:
-        saved = sorted(out.glob("checkpoint-*.pt"))
+        saved = checkpoints(out)
         kept = f"{saved[-1]} is the last checkpoint; to go on: python train.py --resume {out}" if saved else "nothing was saved yet"
         raise type(error)(f"{str(error) or 'interrupted'}; {kept}") from None
     finally:

@@ -129,7 +129,9 @@ def test_a_run_killed_at_any_moment_ends_bit_for_bit_as_if_nothing_had_been(unbr
     process.kill()
     process.communicate()
     print("was killed" if process.returncode == -signal.SIGKILL else "had ended", sorted(os.listdir(tmp_path)))
-    assert start("--resume", str(tmp_path)).communicate() and outcome(tmp_path) == unbroken
+    resumed = start("--resume", str(tmp_path))
+    resumed.communicate()
+    assert resumed.returncode == 0 and outcome(tmp_path) == unbroken
 
 
 @pytest.mark.parametrize("flags, step", [                              # an epoch has 10 steps: within the second, at its start
@@ -140,6 +142,7 @@ def test_a_run_interrupted_by_ctrl_c_goes_on_where_it_was(tiny, tmp_path, monkey
     interrupt(monkeypatch, step, *argv, "--out", tmp_path / "run")
     captured = capsys.readouterr()
     assert f"interrupted at step {step} of 20" in captured.err and f"--resume {tmp_path / 'run'}" in captured.err
+    (tmp_path / "run" / "checkpoint-000000015.pt.0a1b2c3d.part").write_bytes(b"half a file, of a process that was killed")
     train.main(["--resume", str(tmp_path / "run")])
     assert f"going on after step {step}" in capsys.readouterr().out
     assert outcome(tmp_path / "run") == outcome(tmp_path / "unbroken")
