@@ -150,9 +150,7 @@ def every_row(split: data.Encoded, width: int, compute: Callable) -> Tensor:
     result = torch.zeros(len(split), width, device=order.device)
     for rows, tokens, lengths, _ in batches(split, order.split(256)[rank::world_size]):
         result[rows] = compute(rows, tokens, lengths).float()
-    if world_size > 1:
-        dist.all_reduce(result)
-    return result
+    return summed(result)
 
 
 @torch.no_grad()
@@ -203,6 +201,17 @@ def join_processes(args: argparse.Namespace) -> None:
 def rank_and_world_size() -> tuple[int, int]:
     """(number of this process, of all processes); (0, 1) for a single one."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def is_first_process() -> bool:
+    return rank_and_world_size()[0] == 0
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """The sum over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
 
 
 def from_first_process(value):
@@ -307,11 +316,10 @@ def kept_embeddings(encoder: InstanceEncoder, split: data.Encoded, frozen: str, 
     for part in (split.tokens, split.lengths, encoder.mean, encoder.std):
         made_from.update(part.cpu().contiguous().numpy())
     path = Path(cache_dir) / f"instances-{made_from.hexdigest()[:12]}.pt"
-    rank, _ = rank_and_world_size()
-    kept = from_first_process(data.load_file(path) if rank == 0 and path.exists() else None)
+    kept = from_first_process(data.load_file(path) if is_first_process() and path.exists() else None)
     if kept is None:
         kept = instance_embeddings(encoder, split)
-        if rank == 0:
+        if is_first_process():
             data.save_file(path, kept.cpu())
     return kept.to(split.labels.device)
 
@@ -366,10 +374,7 @@ class Trainer:
         self.seed_dropout = torch.cuda.manual_seed if split.labels.is_cuda else torch.default_generator.manual_seed
 
     def state_dict(self) -> dict:
-        losses = torch.stack(self.losses)
-        if self.world_size > 1:
-            dist.all_reduce(losses)
-        return dict(epoch=self.epoch, step=self.step, losses=losses, order_state=self.order_state,
+        return dict(epoch=self.epoch, step=self.step, losses=summed(torch.stack(self.losses)), order_state=self.order_state,
                     optimizer=self.optimizer.state_dict(), schedule=self.schedule.state_dict(), trained=self.model.trained())
 
     def load_state_dict(self, state: dict) -> None:
@@ -408,9 +413,7 @@ class Trainer:
     def end_epoch(self) -> float:
         """The epoch's mean loss; what comes next is the next epoch."""
         self.check()
-        total_loss = torch.stack(self.losses).double().sum()
-        if self.world_size > 1:
-            dist.all_reduce(total_loss)
+        total_loss = summed(torch.stack(self.losses).double().sum())
         self.epoch, self.losses, self.order_state = self.epoch + 1, [], self.generator.get_state()
         return total_loss.item() / len(self.split)
 
@@ -438,7 +441,7 @@ def build(problem: Problem, options: dict) -> Adapted:
 
 def fit(model: Adapted, problem: Problem, options: dict, state: dict | None = None,
         after_step: Callable = lambda trainer: None) -> Iterator[dict]:
-    """Train `model` in place; yields dict(epoch, loss, accuracy, seconds) after every epoch.
+    """Train `model` in place; yields dict(epoch, loss, accuracy) after every epoch.
 
     after_step(trainer) is called after every step. With `state`, a trainer's state_dict, training goes on from there.
     """
@@ -447,13 +450,12 @@ def fit(model: Adapted, problem: Problem, options: dict, state: dict | None = No
     trainer = Trainer(model, problem.train, problem.train_instances, **{name: options[name] for name in TRAINING_OPTIONS})
     if state:
         trainer.load_state_dict(state)
-    began = time.time()
     while trainer.epoch <= options["epochs"]:
         for _ in trainer.train_epoch():
             after_step(trainer)
         epoch, loss = trainer.epoch, trainer.end_epoch()
         score = accuracy(predict(model, problem.test, problem.test_instances), problem.test.labels)
-        yield dict(epoch=epoch, loss=loss, accuracy=score, seconds=time.time() - began)
+        yield dict(epoch=epoch, loss=loss, accuracy=score)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -552,7 +554,7 @@ def run(args: argparse.Namespace) -> dict:
         return json.loads((out / "result.json").read_text())
     problem = prepare(args)
     about, options = configs(args, problem)
-    if rank_and_world_size()[0] == 0:
+    if is_first_process():
         claim_folder(out / "metrics.jsonl", about | options)
     model = build(problem, options)
     trainable, total = get_nb_trainable_parameters(model)
@@ -572,7 +574,7 @@ def run(args: argparse.Namespace) -> dict:
     result = about | options | before | scores | dict(
         accuracy=last["accuracy"], trainable_parameters=trainable, total_parameters=total, train_seconds=seconds,
         pretrain_seconds=problem.pretrain_seconds, torch=torch.__version__, device=args.device)
-    if rank_and_world_size()[0] == 0:
+    if is_first_process():
         data.save_file(out / "result.json", result)
         for rest in [*checkpoints(out), *out.glob("*.part")]:          # a killed process leaves half a file behind
             rest.unlink()
@@ -587,7 +589,7 @@ def train_and_save(args: argparse.Namespace, out: Path, model: Adapted, problem:
 
     Whenever the process ends, the folder's files are whole, and --resume goes on from them.
     """
-    first = rank_and_world_size()[0] == 0                              # of several processes, this one writes
+    first = is_first_process()                                         # of several processes, this one writes
     adapter = dict(format=ADAPTER_FORMAT, task_name=args.task, task=asdict(data.TASKS[args.task]) | {"sample": None},
                    **{name: about[name] for name in ("model", "encoder", "dtype", "pretrain_seed", "fingerprint")},
                    model_options={name: options[name] for name in MODEL_OPTIONS},
@@ -617,7 +619,6 @@ def train_and_save(args: argparse.Namespace, out: Path, model: Adapted, problem:
         signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
     try:
         for line in fit(model, problem, options, state, after_step):
-            del line["seconds"]                                        # the file of an unbroken run is the same
             metrics.append(line)
             print(f"epoch {line['epoch']}/{args.epochs}: loss {line['loss']:.4f}, {problem.test_name} accuracy "
                   f"{line['accuracy']:.3f}, {time.time() - began:.1f} s", flush=True)
@@ -699,11 +700,12 @@ def study(args: argparse.Namespace) -> None:
         for line in lines[1:]:
             if wanted.items() <= line.items():
                 return line
-        model = build(problem, options | change)
+        model, began = build(problem, options | change), time.time()
         *_, last = fit(model, problem, options | change)
-        lines.append(wanted | last | {"trainable_parameters": get_nb_trainable_parameters(model)[0]})
+        lines.append(wanted | last | {"seconds": time.time() - began,
+                                      "trainable_parameters": get_nb_trainable_parameters(model)[0]})
         data.save_file(out / "runs.jsonl", lines)
-        print(f"  {stage} {len(lines) - 1}: {change}, accuracy {last['accuracy']:.3f}, {last['seconds']:.1f} s", flush=True)
+        print(f"  {stage} {len(lines) - 1}: {change}, accuracy {last['accuracy']:.3f}, {lines[-1]['seconds']:.1f} s", flush=True)
         return lines[-1]
 
     held_out = problem.hold_out(len(problem.train) // 5)               # a fifth of the training split; dev stays unseen
@@ -878,7 +880,7 @@ def main(argv: list[str] | None = None) -> None:
             return predict_text(args)
         with redirect_stdout(open(os.devnull, "w")) if quiet else nullcontext():
             result = study(args) if args.compare or args.ablate else run(args)
-        if result and rank_and_world_size()[0] == 0:
+        if result and is_first_process():
             print(json.dumps(result))
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
