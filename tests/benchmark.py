@@ -198,33 +198,34 @@ def tiny_path() -> None:
     train.load_model("tiny", args)                                     # pre-trained now, if it was not yet
     parts = {"import torch": seconds(lambda: subprocess.run([sys.executable, "-c", "import torch"]))}
     parts["text, tokenizer, model"] = seconds(lambda: train.load_model("tiny", args))
-    problem = []
-    parts["data and instance embeddings"] = seconds(lambda: problem.append(train.prepare(args))) - parts["text, tokenizer, model"]
-    options = train.configs(args, problem[0])[1]
-    model = train.build(problem[0], options)
-    trainer = train.Trainer(model, problem[0].train, problem[0].train_instances, epochs=10, batch_size=32, lr=3e-3, seed=0)
+    parts["data and instance embeddings"] = seconds(lambda: train.prepare(args)) - parts["text, tokenizer, model"]
+    problem = train.prepare(args)
+    options = train.configs(args, problem)[1]
+    model = train.build(problem, options)
+    trainer = train.Trainer(model, problem.train, problem.train_instances,
+                            **{name: options[name] for name in train.TRAINING_OPTIONS})
     list(trainer.train_epoch())                                        # not timed: the first steps allocate
     trainer.end_epoch()
-    parts["1250 steps of training"] = 10 * seconds(lambda: list(trainer.train_epoch()))
-    parts["10 evaluations on dev"] = 10 * seconds(lambda: train.predict(model, problem[0].test, problem[0].test_instances))
+    n = options["epochs"]
+    parts[f"{trainer.total_steps} steps of training"] = n * seconds(lambda: list(trainer.train_epoch()))
+    parts[f"{n} evaluations on dev"] = n * seconds(lambda: train.predict(model, problem.test, problem.test_instances))
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, train.__file__, "--task", "sst2", "--quiet", "--out", out]
         whole = seconds(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL))
     print(f"\npython train.py --task sst2: {whole:.1f} s, of which")
     for name, t in parts.items():
         print(f"  {t:5.2f} s  {name}")
-    batch = next(iter(train.batches(problem[0].train, torch.arange(32).split(32))))
-    rows, tokens, lengths, labels = batch
+    rows, tokens, lengths, labels = next(train.batches(problem.train, torch.arange(32).split(32)))
 
     def forward():
-        return model(tokens, lengths, problem[0].train_instances[rows])
+        return model(tokens, lengths, problem.train_instances[rows])
 
     with torch.no_grad():
         ahead = min(seconds(forward) for _ in range(50))
     both = min(seconds(lambda: F.cross_entropy(forward(), labels).backward()) for _ in range(50))
-    products = min(seconds(lambda: matrix_products(problem[0].gpt, int(lengths.sum()) + 32 * M)) for _ in range(50))
+    products = min(seconds(lambda: matrix_products(problem.gpt, int(lengths.sum()) + 32 * M)) for _ in range(50))
     print(f"a step: forward {1000 * ahead:.1f} ms, forward and backward {1000 * both:.1f} ms, its matrix products alone "
-          f"{1000 * products:.1f} ms; the rest is GELU and the cost of starting some 400 small operations")
+          f"{1000 * products:.1f} ms; the rest is GELU, attention and the cost of starting many small operations")
 
 
 if __name__ == "__main__":
