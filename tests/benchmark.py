@@ -198,8 +198,9 @@ def tiny_path() -> None:
     train.load_model("tiny", args)                                     # pre-trained now, if it was not yet
     parts = {"import torch": seconds(lambda: subprocess.run([sys.executable, "-c", "import torch"]))}
     parts["text, tokenizer, model"] = seconds(lambda: train.load_model("tiny", args))
-    parts["data and instance embeddings"] = seconds(lambda: train.prepare(args)) - parts["text, tokenizer, model"]
+    began = time.perf_counter()
     problem = train.prepare(args)
+    parts["data and instance embeddings"] = time.perf_counter() - began - parts["text, tokenizer, model"]
     options = train.configs(args, problem)[1]
     model = train.build(problem, options)
     trainer = train.Trainer(model, problem.train, problem.train_instances,
