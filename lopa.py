@@ -3,7 +3,8 @@ r"""LoPA, Low-rank Prompt Adaptation, and its relatives: a frozen language model
 Jain, Chaudhuri, Reps, Jermaine: "Prompt Tuning Strikes Back: Customizing Foundation Models with Low-Rank Prompt
 Adaptation", NeurIPS 2024, arXiv 2405.15282. This one file is the whole method; it needs torch alone and works with
 every model that accepts embedded text. "The released code" is jabhinav/Prompt-Tuning-Strikes-Back-with-LOPA-NLU.
-Equation numbers are those of tutorial.md. To read the heart of it, read sections 1 and 4.
+Equation numbers are those of tutorial.md. To read the heart of it, read sections 1 and 4. To copy LoPA alone, copy the
+imports, SoftPrompt, Head, LoPA, gate, FUSIONS and require_positive.
 
     symbol          meaning                                         name in code         shape
     B, T            batch size, text length in tokens               B, T
@@ -55,7 +56,10 @@ class SoftPrompt(nn.Module):
 
 
 class PromptTuning(SoftPrompt):
-    """Z = Z_S for every input: prompt tuning (Lester, Al-Rfou, Constant 2021, arXiv 2104.08691)."""
+    """Z = Z_S for every input: prompt tuning (Lester, Al-Rfou, Constant 2021, arXiv 2104.08691).
+
+    Shapes: Z_S (m, d), Z (B, m, d).
+    """
 
     def __init__(self, embed_dim: int, num_virtual_tokens: int = 10, init_std: float = 1.0, **unused):
         super().__init__(**unused)
@@ -75,7 +79,10 @@ class PromptTuning(SoftPrompt):
 
 
 class DecomposedPromptTuning(PromptTuning):
-    """Z = A B with A (m, r), B (r, d): DPT (Xiao et al. 2023; code XYaoooo/DPT), where r is called b."""
+    """Z = A B: DPT (Xiao et al. 2023; code XYaoooo/DPT), where r is called b.
+
+    Shapes: A (m, r), B (r, d), Z (B, m, d), the same for every input.
+    """
 
     def __init__(self, embed_dim: int, num_virtual_tokens: int = 10, rank: int = 4, **unused):
         SoftPrompt.__init__(self, **unused)
@@ -92,7 +99,10 @@ class DecomposedPromptTuning(PromptTuning):
 
 
 class BilinearPromptTuning(DecomposedPromptTuning):
-    """The low-rank form of BPT (Wang et al. 2025, arXiv 2506.22908), made for images: DPT's product, another start."""
+    """The low-rank form of BPT (Wang et al. 2025, arXiv 2506.22908), made for images: DPT's product, another start.
+
+    Shapes: A (m, r), B (r, d), Z (B, m, d), as in DPT.
+    """
 
     def __init__(self, embed_dim: int, num_virtual_tokens: int = 10, rank: int = 4, **unused):
         super().__init__(embed_dim, num_virtual_tokens, rank, **unused)
@@ -101,7 +111,10 @@ class BilinearPromptTuning(DecomposedPromptTuning):
 
 
 class ResidualPromptTuning(PromptTuning):
-    """Z_i = P_i + LN(W_up ReLU(W_down P_i + b) + b'), one MLP for all i (Razdaibiedina et al. 2023, arXiv 2305.03937)."""
+    """Z_i = P_i + LN(W_up ReLU(W_down P_i + b) + b'), one MLP for all i (Razdaibiedina et al. 2023, arXiv 2305.03937).
+
+    Shapes: P (m, d), W_down (H, d), b (H,), W_up (d, H), b' (d,), Z (B, m, d), the same for every input.
+    """
 
     def __init__(self, embed_dim: int, num_virtual_tokens: int = 10, hidden_dim: int = 256, **unused):
         super().__init__(embed_dim, num_virtual_tokens, **unused)
@@ -125,7 +138,8 @@ class ResidualPromptTuning(PromptTuning):
 class PHMLinear(nn.Module):
     """A linear layer whose weight is a sum of n Kronecker products, W = sum_i A_i x B_i: about n times fewer numbers.
 
-    Shapes: A (n, n, n), B (n, out / n, in / n). Parameterised hypercomplex multiplication, as IDPG uses it.
+    Shapes: A (n, n, n), B (n, out / n, in / n), x (..., in) -> (..., out). Parameterised hypercomplex
+    multiplication, as IDPG uses it.
     """
 
     def __init__(self, in_features: int, out_features: int, n: int):
@@ -143,6 +157,8 @@ class PHMLinear(nn.Module):
 
 class Head(nn.Module):
     r"""W_2 tanh(W_1 Drop(h) + b_1) + b_2: (B, d_h) -> (B, out). Trainable: d_h H + H + (H + 1) out.
+
+    Shapes: h (B, d_h), W_1 (H, d_h), b_1 (H,), W_2 (out, H), b_2 (out,).
 
     Weights start as N(0, 1/fan_in). The released code uses N(0, 0.02^2) (utils/model.py @0b7e1ae,
     init_predictor_head) for an encoder 1024 wide, where 1/sqrt(fan_in) is 0.03. On narrow encoders 0.02 would leave U
@@ -165,6 +181,8 @@ class Head(nn.Module):
 
 class IDPG(SoftPrompt):
     """Z = reshape(Head(h)): the whole prompt from the input (Wu et al. 2022, arXiv 2204.04497), no task component.
+
+    Shapes: h (B, d_h), Head(h) (B, m d), Z (B, m, d).
 
     tanh as in LoPA's released re-implementation; IDPG's own code has GELU. phm = n > 0 replaces the head's two weight
     matrices by sums of n Kronecker products.
@@ -199,6 +217,8 @@ class IDPG(SoftPrompt):
 
 class LoPA(SoftPrompt):
     r"""Z = Z_S o sigmoid(U V^T): one prompt per task, gated elementwise by a rank-r matrix per input.
+
+    Shapes: h (B, d_h), Z_S (m, d), U (B, m, r), V (B, d, r), Z (B, m, d).
 
     Trainable: N = m d + 2 (d_h H + H) + r (m + d)(H + 1). Each further virtual token costs d + r (H + 1), against
     IDPG's d (H + 1).
@@ -256,7 +276,8 @@ FUSIONS = {
 class DePT(PromptTuning):
     """[P ; X_e + s A B]: a short prompt, and one offset per position (Shi, Lipani 2024, arXiv 2309.05173).
 
-    A (n, r) with n = max_length, B (r, d) = 0 at the start, s = alpha / sqrt(r), alpha = 8.
+    Shapes: P (m, d), X_e (B, T, d), A (n, r) with n = max_length, of which the first T rows are used, B (r, d) = 0 at
+    the start; s = alpha / sqrt(r), alpha = 8. Raises ValueError for T > n.
     """
 
     def __init__(self, embed_dim: int, num_virtual_tokens: int = 10, rank: int = 4, max_length: int = 128, **unused):
@@ -281,7 +302,7 @@ class DePT(PromptTuning):
 class ADePT(PromptTuning):
     """[P ; X_e + ReLU(X_e A + a) B + b]: the offset follows the token instead of its position (Tang et al. 2025).
 
-    A (d, r), a (r,) = 0, B (r, d) = 0, b (d,) = 0 at the start.
+    Shapes: P (m, d), X_e (B, T, d), A (d, r), a (r,), B (r, d), b (d,); a, B and b are 0 at the start.
     """
 
     def __init__(self, embed_dim: int, num_virtual_tokens: int = 10, rank: int = 4, **unused):
@@ -314,7 +335,7 @@ class LoRALinear(nn.Module):
     """W_0 x + (alpha / r) B A x around a frozen linear layer (Hu et al. 2021, arXiv 2106.09685); alpha = 2 r.
 
     `parts`: how many matrices the layer's output stacks, 3 for GPT-2's query, key and value; each gets its own A (r, in)
-    and B (out / parts, r), B = 0 at the start. Trainable: 2 d r for each square matrix.
+    and B (out / parts, r), B = 0 at the start; x (..., in) -> (..., out). Trainable: 2 d r for each square matrix.
     """
 
     def __init__(self, linear: nn.Linear, rank: int, parts: int = 3):

@@ -49,6 +49,21 @@ def test_lopa_needs_torch_and_the_standard_library_alone():
     assert imported <= sys.stdlib_module_names | {"torch"}
 
 
+def test_lopa_can_be_copied_with_the_pieces_that_the_docstring_names():
+    pieces = "SoftPrompt, Head, LoPA, gate, FUSIONS and require_positive"
+    assert pieces in lopa.__doc__
+    wanted = set(pieces.replace(",", "").split())
+    copied = [node for node in ast.parse(Path(lopa.__file__).read_text()).body
+              if isinstance(node, (ast.Import, ast.ImportFrom)) or getattr(node, "name", None) in wanted
+              or isinstance(node, ast.Assign) and node.targets[0].id in wanted]
+    namespace = {}
+    exec(compile(ast.Module(copied, type_ignores=[]), "copied", "exec"), namespace)
+    for fusion in lopa.FUSIONS:
+        original, copy, example = lopa_module(fusion=fusion), namespace["LoPA"](**SIZES, dropout=0.0, fusion=fusion), inputs()
+        copy.load_state_dict(original.state_dict())
+        assert torch.equal(copy(*example), original(*example))
+
+
 def test_the_file_works_alone_beside_any_model_that_takes_embeddings(tmp_path):
     shutil.copy(lopa.__file__, tmp_path)
     (tmp_path / "use.py").write_text("""
