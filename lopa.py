@@ -42,7 +42,7 @@ class SoftPrompt(nn.Module):
     """
 
     def __init__(self, instance_dim: int = 0, rank: int = 0, hidden_dim: int = 0, dropout: float = 0.0,
-                 init_std: float = 0.0, max_length: int = 0, fusion: str = "", phm: int = 0):
+                 init_std: float = 0.0, max_length: int = 0, fusion: str = ""):
         super().__init__()
 
     def prompt(self, instance: Tensor) -> Tensor:
@@ -135,26 +135,6 @@ class ResidualPromptTuning(PromptTuning):
 # 3. Instance dependence: the prompt is computed from the input, through h. Eq. (5) is the encoder, in model.py.
 
 
-class PHMLinear(nn.Module):
-    """A linear layer whose weight is a sum of n Kronecker products, W = sum_i A_i x B_i: about n times fewer numbers.
-
-    Shapes: A (n, n, n), B (n, out / n, in / n), x (..., in) -> (..., out). Parameterised hypercomplex
-    multiplication, as IDPG uses it.
-    """
-
-    def __init__(self, in_features: int, out_features: int, n: int):
-        super().__init__()
-        if in_features % n or out_features % n:
-            raise ValueError(f"phm {n} has to divide both widths, {in_features} and {out_features}")
-        self.A = nn.Parameter(nn.init.xavier_uniform_(torch.empty(n, n, n)))
-        self.B = nn.Parameter(nn.init.xavier_uniform_(torch.empty(n, out_features // n, in_features // n)))
-        self.bias = nn.Parameter(torch.zeros(out_features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = torch.einsum("nij,nkl->ikjl", self.A, self.B)         # (n, out / n, n, in / n)
-        return F.linear(x, weight.flatten(2).flatten(0, 1), self.bias)
-
-
 class Head(nn.Module):
     r"""W_2 tanh(W_1 Drop(h) + b_1) + b_2: (B, d_h) -> (B, out). Trainable: d_h H + H + (H + 1) out.
 
@@ -184,31 +164,24 @@ class IDPG(SoftPrompt):
 
     Shapes: h (B, d_h), Head(h) (B, m d), Z (B, m, d).
 
-    tanh as in LoPA's released re-implementation; IDPG's own code has GELU. phm = n > 0 replaces the head's two weight
-    matrices by sums of n Kronecker products.
+    tanh as in LoPA's released re-implementation; IDPG's own code has GELU.
     """
 
     def __init__(self, embed_dim: int, instance_dim: int, num_virtual_tokens: int = 10, hidden_dim: int = 256,
-                 dropout: float = 0.1, phm: int = 0, **unused):
+                 dropout: float = 0.1, **unused):
         super().__init__(**unused)
         require_positive(embed_dim=embed_dim, instance_dim=instance_dim, num_virtual_tokens=num_virtual_tokens,
                          hidden_dim=hidden_dim)
         self.embed_dim = embed_dim
         self.head = Head(instance_dim, hidden_dim, num_virtual_tokens * embed_dim, dropout)
-        if phm:
-            self.head.down_proj = PHMLinear(instance_dim, hidden_dim, phm)
-            self.head.up_proj = PHMLinear(hidden_dim, num_virtual_tokens * embed_dim, phm)
 
     def prompt(self, instance: Tensor) -> Tensor:
         return self.head(instance).unflatten(-1, (-1, self.embed_dim))                 # Eq. (6): (B, m d) -> (B, m, d)
 
     @staticmethod
-    def count(embed_dim: int, instance_dim: int, num_virtual_tokens: int, hidden_dim: int, phm: int = 0, **unused) -> int:
-        out = num_virtual_tokens * embed_dim
-        weights = instance_dim * hidden_dim + hidden_dim * out
-        if phm:
-            weights = 2 * phm ** 3 + weights // phm
-        return weights + hidden_dim + out                              # N = (d_h H + H) + (H + 1) m d without phm
+    def count(embed_dim: int, instance_dim: int, num_virtual_tokens: int, hidden_dim: int, **unused) -> int:
+        m, d, d_h, H = num_virtual_tokens, embed_dim, instance_dim, hidden_dim
+        return (d_h * H + H) + (H + 1) * m * d
 
 
 # ---------------------------------------------------------------------------------------------------------------
