@@ -305,47 +305,47 @@ METHODS = {"lopa": LoPA, "pt": PromptTuning, "dpt": DecomposedPromptTuning, "bpt
 
 
 class LoRALinear(nn.Module):
-    """W_0 x + (alpha / r) B A x around a frozen linear layer (Hu et al. 2021, arXiv 2106.09685); alpha = 2 r.
+    """W_0 x + (alpha / r) B A x around GPT-2's frozen c_attn (Hu et al. 2021, arXiv 2106.09685).
 
-    `parts`: how many matrices the layer's output stacks, 3 for GPT-2's query, key and value; each gets its own A (r, in)
-    and B (out / parts, r), B = 0 at the start; x (..., in) -> (..., out). Trainable: 2 d r for each square matrix.
+    c_attn computes query, key and value at once: W_0 (3 d, d) is three matrices (d, d), one below the other.
+    Each has an A (r, d) and a B (d, r) of its own, B = 0 at the start, and so 2 d r trainable numbers.
+    alpha = 2 r, so alpha / r = 2. Shapes: x (..., d) -> (..., 3 d).
     """
 
-    def __init__(self, linear: nn.Linear, rank: int, parts: int = 3):
+    def __init__(self, c_attn: nn.Linear, rank: int):
         super().__init__()
         require_positive(rank=rank)
-        out_features, in_features = linear.weight.shape
-        self.linear = linear.requires_grad_(False)
-        self.A = nn.Parameter(torch.empty(parts, rank, in_features).uniform_(-1, 1) / math.sqrt(in_features))
-        self.B = nn.Parameter(torch.zeros(parts, out_features // parts, rank))
+        d = c_attn.in_features
+        self.linear = c_attn.requires_grad_(False)
+        self.A = nn.Parameter(torch.empty(3, rank, d).uniform_(-1, 1) / math.sqrt(d))    # (3, r, d)
+        self.B = nn.Parameter(torch.zeros(3, d, rank))                                   # (3, d, r)
 
     def forward(self, x: Tensor) -> Tensor:
-        low = torch.einsum("pri,...i->...pr", self.A.to(x.dtype), x)   # (..., parts, r)
-        update = 2 * torch.einsum("por,...pr->...po", self.B.to(x.dtype), low)         # Eq. (12): (..., parts, out / parts)
-        return self.linear(x) + update.flatten(-2)
+        low = torch.einsum("prd,...d->...pr", self.A.to(x.dtype), x)         # (..., d) -> (..., 3, r)
+        update = 2 * torch.einsum("pdr,...pr->...pd", self.B.to(x.dtype), low)       # Eq. (12): (..., 3, d)
+        return self.linear(x) + update.flatten(-2)                           # (..., 3 d)
 
     def merged(self) -> nn.Linear:
         """The same map as one plain linear layer: after training, LoRA costs nothing more."""
         linear = copy.deepcopy(self.linear)
-        linear.weight.data += 2 * (self.B @ self.A).flatten(0, 1)      # (parts, out / parts, in) -> (out, in)
+        linear.weight.data += 2 * (self.B @ self.A).flatten(0, 1)            # (3, d, d) -> (3 d, d)
         return linear
 
 
-def add_lora(model: nn.Module, rank: int, layer: str = "c_attn") -> nn.Module:
-    """Freeze `model` and wrap each of its submodules called `layer`, in place; returns the model."""
+def add_lora(model: nn.Module, rank: int) -> nn.Module:
+    """Freeze `model` and wrap the c_attn of each of its blocks, in place; returns the model."""
     model.requires_grad_(False)
     for module in list(model.modules()):
-        if hasattr(module, layer):
-            setattr(module, layer, LoRALinear(getattr(module, layer), rank))
+        if hasattr(module, "c_attn"):
+            module.c_attn = LoRALinear(module.c_attn, rank)
     return model
 
 
 def merge_lora(model: nn.Module) -> nn.Module:
-    """Replace every LoRALinear by its merged plain layer, in place; returns the model."""
+    """Replace each c_attn that add_lora wrapped by its merged plain layer, in place; returns the model."""
     for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, LoRALinear):
-                setattr(module, name, child.merged())
+        if isinstance(getattr(module, "c_attn", None), LoRALinear):
+            module.c_attn = module.c_attn.merged()
     return model
 
 

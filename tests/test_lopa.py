@@ -382,7 +382,7 @@ PUBLISHED += [
     row("adept", 0.076051, 6, embed_dim=768, num_virtual_tokens=60, rank=19),          # from ADePT's code; no figure was read
     row("bpt", 0.0651, 6, embed_dim=768, num_virtual_tokens=100, rank=75),             # BPT, 6.51e-2 M, ViT-B
 ]
-# LoRA (Hu et al. 2021), query and value alone: Table 2, RoBERTa-base 0.3M and -large 0.8M; Table 4, GPT-3 4.7M.
+# LoRA (Hu et al. 2021), of query and value alone: Table 2, RoBERTa-base 0.3M and -large 0.8M; Table 4, GPT-3 4.7M.
 LORA_COUNTS = [(768, 12, 8, 294_912, 0.3), (1024, 24, 8, 786_432, 0.8), (12288, 96, 1, 4_718_592, 4.7)]
 
 
@@ -398,7 +398,8 @@ def test_published_counts_are_reproduced(method, sizes, published, digits):
 @pytest.mark.parametrize("d, n_layer, rank, exact, published", LORA_COUNTS)
 def test_published_lora_counts_are_reproduced(d, n_layer, rank, exact, published):
     with torch.device("meta"):
-        layers = torch.nn.ModuleList(lopa.LoRALinear(torch.nn.Linear(d, 2 * d), rank, parts=2) for _ in range(n_layer))
-    count = get_nb_trainable_parameters(layers)[0]
-    assert count == exact and round(count / 1e6, 1) == published
+        layers = torch.nn.ModuleList(lopa.LoRALinear(torch.nn.Linear(d, 3 * d), rank) for _ in range(n_layer))
+    query_and_value = sum(factor[[0, 2]].numel() for layer in layers for factor in (layer.A, layer.B))
+    assert query_and_value == exact and round(exact / 1e6, 1) == published
+    assert get_nb_trainable_parameters(layers)[0] == 3 * exact // 2        # ours adapts the key as well
     assert len(PUBLISHED) + len(LORA_COUNTS) == 62     # every published count that was found
