@@ -1,24 +1,27 @@
 r"""LoPA, Low-rank Prompt Adaptation, and its relatives: a frozen language model, adapted from the outside.
 
-Jain, Chaudhuri, Reps, Jermaine: "Prompt Tuning Strikes Back: Customizing Foundation Models with Low-Rank Prompt
-Adaptation", NeurIPS 2024, arXiv 2405.15282. This one file is the whole method; it needs torch alone and works with
-every model that accepts embedded text. "The released code" is jabhinav/Prompt-Tuning-Strikes-Back-with-LOPA-NLU.
-Equation numbers are those of tutorial.md. To read the heart of it, read sections 1 and 4. To copy LoPA alone, copy the
-imports, SoftPrompt, Head, LoPA, gate, FUSIONS and require_positive.
+Jain, Chaudhuri, Reps, Jermaine: "Prompt Tuning Strikes Back: Customizing Foundation Models with Low-Rank
+Prompt Adaptation", NeurIPS 2024, arXiv 2405.15282. "The released code" below is
+jabhinav/Prompt-Tuning-Strikes-Back-with-LOPA-NLU. Equation numbers are those of tutorial.md.
 
-    symbol          meaning                                         name in code         shape
-    B, T            batch size, text length in tokens               B, T
-    m               length of the soft prompt, in virtual tokens    num_virtual_tokens
-    d               width of the frozen model's embeddings          embed_dim
-    h               instance embedding, from a frozen encoder       instance             (B, d_h), d_h = instance_dim
-    H               hidden width of the heads                       hidden_dim
-    r               rank                                            rank
-    Z_S             task-specific component, one for all inputs     soft_prompt          (m, d)
-    U, V            instance-specific factors, one pair per input   U, V                 (B, m, r), (B, d, r)
-    Z_I = U V^T     instance-specific component, rank at most r     Z_I                  (B, m, d)
-    Z               the soft prompt the model reads                 Z                    (B, m, d)
-    X_e             the embedded text                               token_embeds         (B, T, d)
-    [Z ; X_e]       what the frozen model reads                     return value         (B, m + T, d)
+This one file is the whole method; it needs torch alone and works with every model that takes embedded text.
+Sections 1 and 2 are the heart of it, prompt tuning and LoPA; the rest is what LoPA is compared with. To copy
+LoPA alone, copy the imports, SoftPrompt, Head, LoPA, FUSIONS and require_positive.
+
+    symbol         meaning                                        name in code        shape
+    B, T           batch size, text length in tokens              B, T
+    m              length of the soft prompt, in virtual tokens   num_virtual_tokens
+    d              width of the frozen model's embeddings         embed_dim
+    h              instance embedding, from a frozen encoder      instance            (B, d_h)
+    d_h            width of the instance embedding                instance_dim
+    H              hidden width of the heads                      hidden_dim
+    r              rank                                           rank
+    Z_S            task-specific component, one for all inputs    soft_prompt         (m, d)
+    U, V           instance-specific factors, one pair per input  U, V                (B, m, r), (B, d, r)
+    Z_I = U V^T    instance-specific component, rank at most r    Z_I                 (B, m, d)
+    Z              the soft prompt the model reads                Z                   (B, m, d)
+    X_e            the embedded text                              token_embeds        (B, T, d)
+    [Z ; X_e]      what the frozen model reads                    return value        (B, m + T, d)
 """
 
 import copy
@@ -29,15 +32,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # 1. Prompt tuning: some learned vectors stand before the text, the same ones for every input.
 
 
 class SoftPrompt(nn.Module):
     """What all methods share: make a soft prompt Z and put it before the embedded text.
 
-    A method is a subclass with one function, `prompt`. The frozen model never becomes part of this module, so
-    `parameters()` and `state_dict()` hold what is learned and nothing else. The keywords of all methods are
+    A method is a subclass with one function, `prompt`. The frozen model never becomes part of this module,
+    so `parameters()` and `state_dict()` hold what is learned and nothing else. The keywords of all methods are
     accepted by each, and those it has no use for end here, so that one loop can build them all.
     """
 
@@ -51,8 +54,8 @@ class SoftPrompt(nn.Module):
 
     def forward(self, token_embeds: Tensor, instance: Tensor) -> Tensor:
         """X_e (B, T, d), h (B, d_h) -> [Z ; X_e] (B, m + T, d): the prompt directly before the text."""
-        Z = self.prompt(instance).to(token_embeds.dtype)               # (B, m, d); the frozen model may be bfloat16
-        return torch.cat([Z, token_embeds], dim=1)                     # Eq. (1): (B, m + T, d)
+        Z = self.prompt(instance).to(token_embeds.dtype)     # (B, m, d); the frozen model may be bfloat16
+        return torch.cat([Z, token_embeds], dim=1)           # Eq. (1): (B, m + T, d)
 
 
 class PromptTuning(SoftPrompt):
@@ -64,18 +67,99 @@ class PromptTuning(SoftPrompt):
     def __init__(self, embed_dim: int, num_virtual_tokens: int = 10, init_std: float = 1.0, **unused):
         super().__init__(**unused)
         require_positive(embed_dim=embed_dim, num_virtual_tokens=num_virtual_tokens)
-        self.soft_prompt = nn.Parameter(init_std * torch.randn(num_virtual_tokens, embed_dim))   # Z_S: (m, d)
+        self.soft_prompt = nn.Parameter(init_std * torch.randn(num_virtual_tokens, embed_dim))  # Z_S: (m, d)
 
     def prompt(self, instance: Tensor) -> Tensor:
-        return self.soft_prompt.expand(len(instance), -1, -1)          # Eq. (2): (m, d) -> (B, m, d), no copy
+        return self.soft_prompt.expand(len(instance), -1, -1)    # Eq. (2): (m, d) -> (B, m, d), no copy
 
     @staticmethod
     def count(embed_dim: int, num_virtual_tokens: int, **unused) -> int:
-        return num_virtual_tokens * embed_dim                          # N = m d
+        return num_virtual_tokens * embed_dim                # N = m d
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 2. Relatives whose prompt is the same for every input, but is built from fewer or better-behaved parameters
+# ----------------------------------------------------------------------------------------------------------
+# 2. LoPA: what the input contributes is of low rank, and gates what the task has learned. The input is seen
+#    through h; Eq. (5), the encoder that computes it, is in model.py.
+
+
+class Head(nn.Module):
+    r"""W_2 tanh(W_1 Drop(h) + b_1) + b_2: (B, d_h) -> (B, out). Trainable: d_h H + H + (H + 1) out.
+
+    Shapes: h (B, d_h), W_1 (H, d_h), b_1 (H,), W_2 (out, H), b_2 (out,).
+
+    Weights start as N(0, 1/fan_in). The released code uses N(0, 0.02^2) (utils/model.py @0b7e1ae,
+    init_predictor_head) for an encoder 1024 wide, where 1/sqrt(fan_in) is 0.03. On narrow encoders 0.02
+    would leave U and V near 0, where each factor's gradient is proportional to the other one and learning
+    starts late or never; following the width is the same rule at 1024 and works at 64. Biases are as
+    released: b_2 = 0, b_1 PyTorch's.
+    """
+
+    def __init__(self, instance_dim: int, hidden_dim: int, out_features: int, dropout: float):
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.down_proj = nn.Linear(instance_dim, hidden_dim)     # W_1: (H, d_h)
+        self.up_proj = nn.Linear(hidden_dim, out_features)       # W_2: (out, H)
+        nn.init.normal_(self.down_proj.weight, std=1 / math.sqrt(instance_dim))
+        nn.init.normal_(self.up_proj.weight, std=1 / math.sqrt(hidden_dim))
+        nn.init.zeros_(self.up_proj.bias)
+
+    def forward(self, instance: Tensor) -> Tensor:
+        hidden = torch.tanh(self.down_proj(self.dropout(instance)))      # (B, d_h) -> (B, H)
+        return self.up_proj(hidden)                                      # (B, H) -> (B, out)
+
+
+class LoPA(SoftPrompt):
+    r"""Z = Z_S o sigmoid(U V^T): one prompt per task, gated elementwise by a rank-r matrix per input.
+
+    Shapes: h (B, d_h), Z_S (m, d), U (B, m, r), V (B, d, r), Z (B, m, d).
+
+    Trainable: N = m d + 2 (d_h H + H) + r (m + d)(H + 1). Each further virtual token costs d + r (H + 1),
+    against IDPG's d (H + 1).
+
+    fusion: how Z_S and Z_I = U V^T meet. "gate" is LoPA; the others are the released code's ablations,
+    without the sigmoid: "add" Z_S + Z_I, "max" elementwise, "concat" [Z_S ; Z_I], which is 2 m tokens long.
+    Raises ValueError for sizes below 1 and for an unknown fusion.
+    """
+
+    def __init__(self, embed_dim: int, instance_dim: int, num_virtual_tokens: int = 10, rank: int = 4,
+                 hidden_dim: int = 256, dropout: float = 0.1, fusion: str = "gate", init_std: float = 1.0,
+                 **unused):
+        super().__init__(**unused)
+        require_positive(embed_dim=embed_dim, instance_dim=instance_dim,
+                         num_virtual_tokens=num_virtual_tokens, rank=rank, hidden_dim=hidden_dim)
+        if fusion not in FUSIONS:
+            raise ValueError(f"unknown fusion {fusion!r}: choose one of {', '.join(FUSIONS)}")
+        self.rank, self.fusion = rank, fusion
+        self.soft_prompt = nn.Parameter(init_std * torch.randn(num_virtual_tokens, embed_dim))  # Z_S: (m, d)
+        self.u_head = Head(instance_dim, hidden_dim, num_virtual_tokens * rank, dropout)
+        self.v_head = Head(instance_dim, hidden_dim, embed_dim * rank, dropout)
+
+    def factors(self, instance: Tensor) -> tuple[Tensor, Tensor]:
+        """h (B, d_h) -> U (B, m, r), V (B, d, r)."""
+        U = self.u_head(instance).unflatten(-1, (-1, self.rank))     # Eq. (7): (B, m r) -> (B, m, r)
+        V = self.v_head(instance).unflatten(-1, (-1, self.rank))     # Eq. (7): (B, d r) -> (B, d, r)
+        return U, V
+
+    def prompt(self, instance: Tensor) -> Tensor:
+        U, V = self.factors(instance)
+        Z_I = torch.einsum("bmr,bdr->bmd", U, V)             # Eq. (8): (B, m, r), (B, d, r) -> (B, m, d)
+        if self.fusion == "gate":
+            return self.soft_prompt * torch.sigmoid(Z_I)     # Eq. (9): (m, d) * (B, m, d) -> (B, m, d)
+        Z_S = self.soft_prompt.expand_as(Z_I)                # (m, d) -> (B, m, d), no copy
+        if self.fusion == "concat":
+            return torch.cat([Z_S, Z_I], dim=1)              # (B, 2 m, d)
+        return Z_S + Z_I if self.fusion == "add" else torch.maximum(Z_S, Z_I)    # (B, m, d)
+
+    @staticmethod
+    def count(embed_dim: int, instance_dim: int, num_virtual_tokens: int, rank: int, hidden_dim: int,
+              **unused) -> int:
+        m, d, d_h, H, r = num_virtual_tokens, embed_dim, instance_dim, hidden_dim, rank
+        return m * d + 2 * (d_h * H + H) + r * (m + d) * (H + 1)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 3. Relatives: three whose prompt is the same for every input (DPT, BPT, residual), one that computes all of
+#    it from the input (IDPG), and two that also move the embedded text, by a low-rank offset (DePT, ADePT).
 
 
 class DecomposedPromptTuning(PromptTuning):
@@ -87,21 +171,21 @@ class DecomposedPromptTuning(PromptTuning):
     def __init__(self, embed_dim: int, num_virtual_tokens: int = 10, rank: int = 4, **unused):
         SoftPrompt.__init__(self, **unused)
         require_positive(embed_dim=embed_dim, num_virtual_tokens=num_virtual_tokens, rank=rank)
-        self.A = nn.Parameter(torch.empty(num_virtual_tokens, rank).uniform_(-0.5, 0.5))
-        self.B = nn.Parameter(torch.empty(rank, embed_dim).uniform_(-0.5, 0.5))
+        self.A = nn.Parameter(torch.empty(num_virtual_tokens, rank).uniform_(-0.5, 0.5))     # (m, r)
+        self.B = nn.Parameter(torch.empty(rank, embed_dim).uniform_(-0.5, 0.5))              # (r, d)
 
     def prompt(self, instance: Tensor) -> Tensor:
-        return (self.A @ self.B).expand(len(instance), -1, -1)         # Eq. (3): (m, r)(r, d) -> (B, m, d)
+        return (self.A @ self.B).expand(len(instance), -1, -1)   # Eq. (3): (m, r)(r, d) -> (B, m, d)
 
     @staticmethod
     def count(embed_dim: int, num_virtual_tokens: int, rank: int, **unused) -> int:
-        return rank * (num_virtual_tokens + embed_dim)                 # N = r (m + d)
+        return rank * (num_virtual_tokens + embed_dim)       # N = r (m + d)
 
 
 class BilinearPromptTuning(DecomposedPromptTuning):
-    """The low-rank form of BPT (Wang et al. 2025, arXiv 2506.22908), made for images: DPT's product, another start.
+    """DPT's product with another start: the low-rank form of BPT (Wang et al. 2025, arXiv 2506.22908).
 
-    Shapes: A (m, r), B (r, d), Z (B, m, d), as in DPT.
+    Made for images. Shapes: A (m, r), B (r, d), Z (B, m, d), as in DPT.
     """
 
     def __init__(self, embed_dim: int, num_virtual_tokens: int = 10, rank: int = 4, **unused):
@@ -111,72 +195,46 @@ class BilinearPromptTuning(DecomposedPromptTuning):
 
 
 class ResidualPromptTuning(PromptTuning):
-    """Z_i = P_i + LN(W_up ReLU(W_down P_i + b) + b'), one MLP for all i (Razdaibiedina et al. 2023, arXiv 2305.03937).
+    """Z_i = P_i + LN(W_up ReLU(W_down P_i + b) + b'), one MLP for all i.
 
+    Razdaibiedina et al. 2023, arXiv 2305.03937.
     Shapes: P (m, d), W_down (H, d), b (H,), W_up (d, H), b' (d,), Z (B, m, d), the same for every input.
     """
 
     def __init__(self, embed_dim: int, num_virtual_tokens: int = 10, hidden_dim: int = 256, **unused):
         super().__init__(embed_dim, num_virtual_tokens, **unused)
         require_positive(hidden_dim=hidden_dim)
-        self.mlp = nn.Sequential(nn.Linear(embed_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, embed_dim),
+        self.mlp = nn.Sequential(nn.Linear(embed_dim, hidden_dim), nn.ReLU(),    # W_down, b
+                                 nn.Linear(hidden_dim, embed_dim),               # W_up, b'
                                  nn.LayerNorm(embed_dim))
 
     def prompt(self, instance: Tensor) -> Tensor:
-        Z = self.soft_prompt + self.mlp(self.soft_prompt)              # Eq. (4): (m, d)
-        return Z.expand(len(instance), -1, -1)                         # (B, m, d)
+        Z = self.soft_prompt + self.mlp(self.soft_prompt)    # Eq. (4): (m, d)
+        return Z.expand(len(instance), -1, -1)               # (B, m, d)
 
     @staticmethod
     def count(embed_dim: int, num_virtual_tokens: int, hidden_dim: int, **unused) -> int:
-        return num_virtual_tokens * embed_dim + 2 * embed_dim * hidden_dim + hidden_dim + 3 * embed_dim
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# 3. Instance dependence: the prompt is computed from the input, through h. Eq. (5) is the encoder, in model.py.
-
-
-class Head(nn.Module):
-    r"""W_2 tanh(W_1 Drop(h) + b_1) + b_2: (B, d_h) -> (B, out). Trainable: d_h H + H + (H + 1) out.
-
-    Shapes: h (B, d_h), W_1 (H, d_h), b_1 (H,), W_2 (out, H), b_2 (out,).
-
-    Weights start as N(0, 1/fan_in). The released code uses N(0, 0.02^2) (utils/model.py @0b7e1ae,
-    init_predictor_head) for an encoder 1024 wide, where 1/sqrt(fan_in) is 0.03. On narrow encoders 0.02 would leave U
-    and V near 0, where each factor's gradient is proportional to the other one and learning starts late or
-    never; following the width is the same rule at 1024 and works at 64. Biases are as released: b_2 = 0, b_1 PyTorch's.
-    """
-
-    def __init__(self, instance_dim: int, hidden_dim: int, out_features: int, dropout: float):
-        super().__init__()
-        self.dropout = nn.Dropout(dropout)
-        self.down_proj = nn.Linear(instance_dim, hidden_dim)           # W_1: (H, d_h)
-        self.up_proj = nn.Linear(hidden_dim, out_features)             # W_2: (out, H)
-        nn.init.normal_(self.down_proj.weight, std=1 / math.sqrt(instance_dim))
-        nn.init.normal_(self.up_proj.weight, std=1 / math.sqrt(hidden_dim))
-        nn.init.zeros_(self.up_proj.bias)
-
-    def forward(self, instance: Tensor) -> Tensor:
-        return self.up_proj(torch.tanh(self.down_proj(self.dropout(instance))))
+        m, d, H = num_virtual_tokens, embed_dim, hidden_dim
+        return m * d + 2 * d * H + H + 3 * d
 
 
 class IDPG(SoftPrompt):
-    """Z = reshape(Head(h)): the whole prompt from the input (Wu et al. 2022, arXiv 2204.04497), no task component.
+    """Z = reshape(Head(h)): all of it from the input (Wu et al. 2022, arXiv 2204.04497), no task component.
 
     Shapes: h (B, d_h), Head(h) (B, m d), Z (B, m, d).
-
     tanh as in LoPA's released re-implementation; IDPG's own code has GELU.
     """
 
-    def __init__(self, embed_dim: int, instance_dim: int, num_virtual_tokens: int = 10, hidden_dim: int = 256,
-                 dropout: float = 0.1, **unused):
+    def __init__(self, embed_dim: int, instance_dim: int, num_virtual_tokens: int = 10,
+                 hidden_dim: int = 256, dropout: float = 0.1, **unused):
         super().__init__(**unused)
-        require_positive(embed_dim=embed_dim, instance_dim=instance_dim, num_virtual_tokens=num_virtual_tokens,
-                         hidden_dim=hidden_dim)
+        require_positive(embed_dim=embed_dim, instance_dim=instance_dim,
+                         num_virtual_tokens=num_virtual_tokens, hidden_dim=hidden_dim)
         self.embed_dim = embed_dim
         self.head = Head(instance_dim, hidden_dim, num_virtual_tokens * embed_dim, dropout)
 
     def prompt(self, instance: Tensor) -> Tensor:
-        return self.head(instance).unflatten(-1, (-1, self.embed_dim))                 # Eq. (6): (B, m d) -> (B, m, d)
+        return self.head(instance).unflatten(-1, (-1, self.embed_dim))   # Eq. (6): (B, m d) -> (B, m, d)
 
     @staticmethod
     def count(embed_dim: int, instance_dim: int, num_virtual_tokens: int, hidden_dim: int, **unused) -> int:
@@ -184,76 +242,15 @@ class IDPG(SoftPrompt):
         return (d_h * H + H) + (H + 1) * m * d
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 4. LoPA: what the input contributes is of low rank, and gates what the task has learned.
-
-
-class LoPA(SoftPrompt):
-    r"""Z = Z_S o sigmoid(U V^T): one prompt per task, gated elementwise by a rank-r matrix per input.
-
-    Shapes: h (B, d_h), Z_S (m, d), U (B, m, r), V (B, d, r), Z (B, m, d).
-
-    Trainable: N = m d + 2 (d_h H + H) + r (m + d)(H + 1). Each further virtual token costs d + r (H + 1), against
-    IDPG's d (H + 1).
-
-    fusion: how Z_S and Z_I = U V^T meet. "gate" is LoPA; the others are the released code's ablations, without the
-    sigmoid: "add" Z_S + Z_I, "max" elementwise, "concat" [Z_S ; Z_I], which is 2 m tokens long.
-    Raises ValueError for sizes below 1 and for an unknown fusion.
-    """
-
-    def __init__(self, embed_dim: int, instance_dim: int, num_virtual_tokens: int = 10, rank: int = 4,
-                 hidden_dim: int = 256, dropout: float = 0.1, fusion: str = "gate", init_std: float = 1.0, **unused):
-        super().__init__(**unused)
-        require_positive(embed_dim=embed_dim, instance_dim=instance_dim, num_virtual_tokens=num_virtual_tokens,
-                         rank=rank, hidden_dim=hidden_dim)
-        if fusion not in FUSIONS:
-            raise ValueError(f"unknown fusion {fusion!r}: choose one of {', '.join(FUSIONS)}")
-        self.rank, self.fusion = rank, fusion
-        self.soft_prompt = nn.Parameter(init_std * torch.randn(num_virtual_tokens, embed_dim))   # Z_S: (m, d)
-        self.u_head = Head(instance_dim, hidden_dim, num_virtual_tokens * rank, dropout)
-        self.v_head = Head(instance_dim, hidden_dim, embed_dim * rank, dropout)
-
-    def factors(self, instance: Tensor) -> tuple[Tensor, Tensor]:
-        """h (B, d_h) -> U (B, m, r), V (B, d, r)."""
-        U = self.u_head(instance).unflatten(-1, (-1, self.rank))       # Eq. (7): (B, m r) -> (B, m, r)
-        V = self.v_head(instance).unflatten(-1, (-1, self.rank))       # Eq. (7): (B, d r) -> (B, d, r)
-        return U, V
-
-    def prompt(self, instance: Tensor) -> Tensor:
-        U, V = self.factors(instance)
-        Z_I = torch.einsum("bmr,bdr->bmd", U, V)                       # Eq. (8): (B, m, r), (B, d, r) -> (B, m, d)
-        return FUSIONS[self.fusion](self.soft_prompt, Z_I)
-
-    @staticmethod
-    def count(embed_dim: int, instance_dim: int, num_virtual_tokens: int, rank: int, hidden_dim: int, **unused) -> int:
-        m, d, d_h, H, r = num_virtual_tokens, embed_dim, instance_dim, hidden_dim, rank
-        return m * d + 2 * (d_h * H + H) + r * (m + d) * (H + 1)
-
-
-def gate(Z_S: Tensor, Z_I: Tensor) -> Tensor:
-    return Z_S * torch.sigmoid(Z_I)                                    # Eq. (9): (m, d) * (B, m, d) -> (B, m, d)
-
-
-FUSIONS = {
-    "gate": gate,
-    "concat": lambda Z_S, Z_I: torch.cat([Z_S.expand_as(Z_I), Z_I], dim=1),    # (B, 2 m, d)
-    "add": torch.add,                                                  # (B, m, d)
-    "max": torch.maximum,                                              # (B, m, d)
-}
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# 5. Relatives that also move the embedded text, by a low-rank offset
-
-
 class DePT(PromptTuning):
     """[P ; X_e + s A B]: a short prompt, and one offset per position (Shi, Lipani 2024, arXiv 2309.05173).
 
-    Shapes: P (m, d), X_e (B, T, d), A (n, r) with n = max_length, of which the first T rows are used, B (r, d) = 0 at
-    the start; s = alpha / sqrt(r), alpha = 8. Raises ValueError for T > n.
+    Shapes: P (m, d), X_e (B, T, d), A (n, r) with n = max_length, of which the first T rows are used,
+    B (r, d) = 0 at the start; s = alpha / sqrt(r), alpha = 8. Raises ValueError for T > n.
     """
 
-    def __init__(self, embed_dim: int, num_virtual_tokens: int = 10, rank: int = 4, max_length: int = 128, **unused):
+    def __init__(self, embed_dim: int, num_virtual_tokens: int = 10, rank: int = 4, max_length: int = 128,
+                 **unused):
         super().__init__(embed_dim, num_virtual_tokens, **unused)
         require_positive(rank=rank, max_length=max_length)
         self.scale = 8 / math.sqrt(rank)
@@ -263,17 +260,19 @@ class DePT(PromptTuning):
     def forward(self, token_embeds: Tensor, instance: Tensor) -> Tensor:
         T, n = token_embeds.shape[1], len(self.A)
         if T > n:
-            raise ValueError(f"text of {T} tokens > max_length {n}, which DePT has offsets for: raise max_length")
-        offset = self.scale * (self.A[:T] @ self.B)                    # Eq. (10): (T, r)(r, d) -> (T, d)
+            raise ValueError(f"text of {T} tokens > max_length {n}, which DePT has offsets for: "
+                             "raise max_length")
+        offset = self.scale * (self.A[:T] @ self.B)          # Eq. (10): (T, r)(r, d) -> (T, d)
         return super().forward(token_embeds + offset.to(token_embeds.dtype), instance)
 
     @staticmethod
     def count(embed_dim: int, num_virtual_tokens: int, rank: int, max_length: int, **unused) -> int:
-        return num_virtual_tokens * embed_dim + (max_length + embed_dim) * rank
+        m, d, r, n = num_virtual_tokens, embed_dim, rank, max_length
+        return m * d + (n + d) * r
 
 
 class ADePT(PromptTuning):
-    """[P ; X_e + ReLU(X_e A + a) B + b]: the offset follows the token instead of its position (Tang et al. 2025).
+    """[P ; X_e + ReLU(X_e A + a) B + b]: the offset follows the token, not its position (Tang et al. 2025).
 
     Shapes: P (m, d), X_e (B, T, d), A (d, r), a (r,), B (r, d), b (d,); a, B and b are 0 at the start.
     """
@@ -281,27 +280,24 @@ class ADePT(PromptTuning):
     def __init__(self, embed_dim: int, num_virtual_tokens: int = 10, rank: int = 4, **unused):
         super().__init__(embed_dim, num_virtual_tokens, **unused)
         require_positive(rank=rank)
-        self.down_proj = nn.Linear(embed_dim, rank)                    # A, a
-        self.up_proj = nn.Linear(rank, embed_dim)                      # B, b
+        self.down_proj = nn.Linear(embed_dim, rank)          # A, a
+        self.up_proj = nn.Linear(rank, embed_dim)            # B, b
         for zero in (self.down_proj.bias, self.up_proj.weight, self.up_proj.bias):
             nn.init.zeros_(zero)
 
     def forward(self, token_embeds: Tensor, instance: Tensor) -> Tensor:
-        X_e = token_embeds.to(self.down_proj.weight.dtype)             # the frozen model may be bfloat16
-        offset = self.up_proj(F.relu(self.down_proj(X_e)))             # Eq. (11): (B, T, d)
+        X_e = token_embeds.to(self.down_proj.weight.dtype)   # the frozen model may be bfloat16
+        offset = self.up_proj(F.relu(self.down_proj(X_e)))   # Eq. (11): (B, T, d)
         return super().forward(token_embeds + offset.to(token_embeds.dtype), instance)
 
     @staticmethod
     def count(embed_dim: int, num_virtual_tokens: int, rank: int, **unused) -> int:
-        return num_virtual_tokens * embed_dim + 2 * embed_dim * rank + rank + embed_dim
+        m, d, r = num_virtual_tokens, embed_dim, rank
+        return m * d + 2 * d * r + r + d
 
 
-METHODS = {"lopa": LoPA, "pt": PromptTuning, "dpt": DecomposedPromptTuning, "bpt": BilinearPromptTuning,
-           "residual": ResidualPromptTuning, "idpg": IDPG, "dept": DePT, "adept": ADePT}
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# 6. The yardstick that lives in the model: LoRA. (Full fine-tuning needs no code: it trains every weight.)
+# ----------------------------------------------------------------------------------------------------------
+# 4. The yardstick that lives in the model: LoRA. (Full fine-tuning needs no code: it trains every weight.)
 
 
 class LoRALinear(nn.Module):
@@ -349,8 +345,13 @@ def merge_lora(model: nn.Module) -> nn.Module:
     return model
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Helpers
+# ----------------------------------------------------------------------------------------------------------
+# What can be chosen by name, and helpers
+
+
+METHODS = {"lopa": LoPA, "pt": PromptTuning, "dpt": DecomposedPromptTuning, "bpt": BilinearPromptTuning,
+           "residual": ResidualPromptTuning, "idpg": IDPG, "dept": DePT, "adept": ADePT}
+FUSIONS = ("gate", "concat", "add", "max")
 
 
 def get_nb_trainable_parameters(module: nn.Module) -> tuple[int, int]:
