@@ -40,13 +40,19 @@ class SoftPrompt(nn.Module):
     """What all methods share: make a soft prompt Z and put it before the embedded text.
 
     A method is a subclass with one function, `prompt`. The frozen model never becomes part of this module,
-    so `parameters()` and `state_dict()` hold what is learned and nothing else. The keywords of all methods are
-    accepted by each, and those it has no use for end here, so that one loop can build them all.
+    so `parameters()` and `state_dict()` hold what is learned and nothing else. One loop can build all
+    methods with the same keywords: each takes those it needs, and the rest ends here. Raises TypeError for
+    a keyword that no method has: it must be misspelt.
     """
 
-    def __init__(self, instance_dim: int = 0, rank: int = 0, hidden_dim: int = 0, dropout: float = 0.0,
-                 init_std: float = 0.0, max_length: int = 0, fusion: str = ""):
+    KEYWORDS = ("embed_dim", "instance_dim", "num_virtual_tokens", "rank", "hidden_dim", "dropout", "fusion",
+                "init_std", "max_length")
+
+    def __init__(self, **unused):
         super().__init__()
+        for name in unused:
+            if name not in self.KEYWORDS:
+                raise TypeError(f"unknown keyword {name!r}: the methods have {', '.join(self.KEYWORDS)}")
 
     def prompt(self, instance: Tensor) -> Tensor:
         """Instance embeddings h (B, d_h) -> soft prompt Z (B, m, d)."""
@@ -162,14 +168,14 @@ class LoPA(SoftPrompt):
 #    it from the input (IDPG), and two that also move the embedded text, by a low-rank offset (DePT, ADePT).
 
 
-class DecomposedPromptTuning(PromptTuning):
+class DecomposedPromptTuning(SoftPrompt):
     """Z = A B: DPT (Xiao et al. 2023; code XYaoooo/DPT), where r is called b.
 
     Shapes: A (m, r), B (r, d), Z (B, m, d), the same for every input.
     """
 
     def __init__(self, embed_dim: int, num_virtual_tokens: int = 10, rank: int = 4, **unused):
-        SoftPrompt.__init__(self, **unused)
+        super().__init__(**unused)
         require_positive(embed_dim=embed_dim, num_virtual_tokens=num_virtual_tokens, rank=rank)
         self.A = nn.Parameter(torch.empty(num_virtual_tokens, rank).uniform_(-0.5, 0.5))     # (m, r)
         self.B = nn.Parameter(torch.empty(rank, embed_dim).uniform_(-0.5, 0.5))              # (r, d)
@@ -201,8 +207,9 @@ class ResidualPromptTuning(PromptTuning):
     Shapes: P (m, d), W_down (H, d), b (H,), W_up (d, H), b' (d,), Z (B, m, d), the same for every input.
     """
 
-    def __init__(self, embed_dim: int, num_virtual_tokens: int = 10, hidden_dim: int = 256, **unused):
-        super().__init__(embed_dim, num_virtual_tokens, **unused)
+    def __init__(self, embed_dim: int, num_virtual_tokens: int = 10, hidden_dim: int = 256,
+                 init_std: float = 1.0, **unused):
+        super().__init__(embed_dim, num_virtual_tokens, init_std, **unused)
         require_positive(hidden_dim=hidden_dim)
         self.mlp = nn.Sequential(nn.Linear(embed_dim, hidden_dim), nn.ReLU(),    # W_down, b
                                  nn.Linear(hidden_dim, embed_dim),               # W_up, b'
@@ -250,8 +257,8 @@ class DePT(PromptTuning):
     """
 
     def __init__(self, embed_dim: int, num_virtual_tokens: int = 10, rank: int = 4, max_length: int = 128,
-                 **unused):
-        super().__init__(embed_dim, num_virtual_tokens, **unused)
+                 init_std: float = 1.0, **unused):
+        super().__init__(embed_dim, num_virtual_tokens, init_std, **unused)
         require_positive(rank=rank, max_length=max_length)
         self.scale = 8 / math.sqrt(rank)
         self.A = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(max_length, rank), a=math.sqrt(5)))
@@ -277,8 +284,9 @@ class ADePT(PromptTuning):
     Shapes: P (m, d), X_e (B, T, d), A (d, r), a (r,), B (r, d), b (d,); a, B and b are 0 at the start.
     """
 
-    def __init__(self, embed_dim: int, num_virtual_tokens: int = 10, rank: int = 4, **unused):
-        super().__init__(embed_dim, num_virtual_tokens, **unused)
+    def __init__(self, embed_dim: int, num_virtual_tokens: int = 10, rank: int = 4, init_std: float = 1.0,
+                 **unused):
+        super().__init__(embed_dim, num_virtual_tokens, init_std, **unused)
         require_positive(rank=rank)
         self.down_proj = nn.Linear(embed_dim, rank)          # A, a
         self.up_proj = nn.Linear(rank, embed_dim)            # B, b

@@ -1,6 +1,7 @@
 """lopa.py against closed forms, loops, float64 autograd and the published parameter counts."""
 
 import ast
+import inspect
 import math
 import shutil
 import subprocess
@@ -90,6 +91,24 @@ def test_the_prompt_stands_directly_before_the_text_which_starts_unchanged(metho
     assert out.shape == (B, M + T, D)
     assert torch.equal(out[:, M:], text)
     assert torch.equal(out[:, :M], module.prompt(instance))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_keyword_that_no_method_has_is_refused_by_name(method):
+    with pytest.raises(TypeError, match="'num_virtual_token': the methods have embed_dim, .*num_virtual_tokens"):
+        METHODS[method](**SIZES, num_virtual_token=3)
+
+
+def test_the_keywords_that_are_accepted_are_those_of_some_method():
+    named = {p.name for method in METHODS.values() for p in inspect.signature(method).parameters.values()
+             if p.kind is not inspect.Parameter.VAR_KEYWORD}
+    assert named == set(lopa.SoftPrompt.KEYWORDS)
+
+
+@pytest.mark.parametrize("method", ["lopa", "pt", "residual", "dept", "adept"])
+def test_the_learned_prompt_starts_with_the_deviation_asked_for(method):
+    module = METHODS[method](**SIZES | dict(embed_dim=200, num_virtual_tokens=50), init_std=0.3)
+    assert module.soft_prompt.std().item() == pytest.approx(0.3, rel=0.05)
 
 
 @pytest.mark.parametrize("sizes", [dict(rank=0), dict(num_virtual_tokens=-1), dict(hidden_dim=0), dict(embed_dim=0)])
