@@ -247,6 +247,12 @@ def test_lora_starts_as_the_model_itself_and_trains_two_d_r_for_each_of_q_k_v():
         f"h.{i}.attn.c_attn.{factor}" for i in (0, 1) for factor in "AB"}
 
 
+def test_lora_starts_with_a_uniform_a_that_follows_the_width_and_a_zero_b():
+    layer = lopa.LoRALinear(torch.nn.Linear(100, 300), rank=8)
+    assert layer.A.abs().max() <= 0.1 and layer.A.std().item() == pytest.approx(0.1 / 3 ** 0.5, rel=0.05)
+    assert layer.B.shape == (3, 100, 8) and not layer.B.any()
+
+
 def test_the_merged_model_equals_the_adapted_one_and_is_plain_again():
     gpt, tokens = small_gpt(), torch.randint(11, (2, 5))
     plain, names = gpt(tokens), list(gpt.state_dict())
