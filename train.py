@@ -42,7 +42,7 @@ import data
 from lopa import FUSIONS, METHODS, add_lora, get_nb_trainable_parameters
 from model import GPT, InstanceEncoder, cosine_schedule, tiny_gpt
 
-ADAPTER_FORMAT = 1
+ADAPTER_FORMAT = 2
 
 # Learning rates to try, three for each method; the middle one is the default. `--compare` chooses among them on a slice
 # of the training split.
@@ -429,7 +429,7 @@ class Trainer:
 
 
 # What tells one run from another on the same problem: what is built, and how it is trained.
-MODEL_OPTIONS = ("method", "num_virtual_tokens", "rank", "hidden_dim", "dropout", "fusion", "init_std", "phm", "tune_encoder")
+MODEL_OPTIONS = ("method", "num_virtual_tokens", "rank", "hidden_dim", "dropout", "fusion", "init_std", "tune_encoder")
 TRAINING_OPTIONS = ("lr", "epochs", "batch_size", "seed")
 
 
@@ -790,7 +790,6 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument("--fusion", choices=FUSIONS, default="gate", help="how Z_S and Z_I meet in LoPA (default: gate)")
     how.add_argument("--dropout", type=float, help="on h (default: 0 for tiny, whose h is 64 numbers; else 0.1 as released)")
 
-    how.add_argument("--phm", type=positive(int), default=0, metavar="n", help="IDPG with sums of n Kronecker products")
     how.add_argument("--tune-encoder", action="store_true",
                      help="train a copy of the GPT as instance encoder too, as the released GLUE code does by default")
 

@@ -32,7 +32,7 @@ SST2_LENGTHS = [491, 4487, 6852, 6118, 5122, 4374, 3780, 3354, 3051, 2665, 2362,
                 1187, 1091, 1041, 897, 876, 799, 718, 610, 616, 553, 487, 466, 442, 366, 351, 343, 253, 240, 229, 194, 181,
                 134, 134, 99, 80, 85, 82, 60, 45, 47, 32, 30, 36, 32, 16, 14, 9, 13, 9, 9, 11, 4, 2, 1, 0, 2]
 BATCH_SIZE, M = 16, 10
-SIZES = dict(num_virtual_tokens=M, rank=4, hidden_dim=256, dropout=0.0, init_std=1.0, fusion="gate", phm=0)
+SIZES = dict(num_virtual_tokens=M, rank=4, hidden_dim=256, dropout=0.0, init_std=1.0, fusion="gate")
 
 
 def random_split(num_rows: int, vocab_size: int, device: str) -> data.Encoded:

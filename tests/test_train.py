@@ -66,7 +66,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished, tmp
 
 
 @pytest.mark.parametrize("flags", ["--method lopa", "--method lora", "--method full", "--method adept", "--tune-encoder",
-                                   "--method idpg --phm 4", "--fusion concat"])
+                                   "--method idpg", "--fusion concat"])
 def test_a_reloaded_adapter_gives_identical_probabilities(tiny, tmp_path, monkeypatch, flags):
     gpt, tokenizer = tiny
     seen = []
@@ -263,7 +263,6 @@ def test_a_damaged_adapter_and_one_with_code_in_it_are_refused(capsys, tmp_path)
     ("--task sst3", "argument --task: invalid choice: 'sst3'"),
     ("--task sst2 --method lora2", "argument --method: invalid choice: 'lora2'"),
     ("--task sst2 --compare --methods lopa,lora2", "argument --methods: lora2 is none of pt, dpt"),
-    ("--task sst2 --method idpg --phm 7", "phm 7 has to divide both widths, 64 and 64"),
     ("", "name a task: --task sst2 or mnli"),
     ("--task mnli", "mnli"),
     ("--task sst2 --rank 0", "argument --rank: 0 is not a positive number"),
