@@ -17,8 +17,9 @@ import math
 import mmap
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -269,27 +270,37 @@ def tiny_gpt(seed: int, cache_dir: str | Path, device: str) -> tuple[GPT, data.t
     newline = tokenizer.encode_single_token("\n")
     starts = torch.cat([torch.zeros(1, dtype=torch.long), (token_ids == newline).nonzero().flatten() + 1])
     began = time.time()
-    gpt = pretrain(config, token_ids, starts, seed, device)
+    progress = partial(tqdm, desc="pre-training the tiny GPT, once", disable=None)
+    gpt = pretrain(config, token_ids, starts, seed, device, progress)
     data.save_file(path, gpt.state_dict())
     return gpt, tokenizer, time.time() - began
 
 
-def pretrain(config: GPTConfig, token_ids: Tensor, document_starts: Tensor, seed: int, device: str) -> GPT:
-    """An ordinary language model: predict each next token, in windows that begin where a document begins.
+def cosine_factor(step: int, warmup_steps: int, total_steps: int) -> float:
+    """Of the peak learning rate at a step, counted from 0: linear from 0 to 1, then half a cosine down to 0."""
+    return min((step + 1) / max(warmup_steps, 1), 0.5 * (1 + math.cos(math.pi * step / total_steps)))
 
-    About one seed in six stalls before it has learned polarity; another round of the same schedule gets it over that.
+
+def pretrain(config: GPTConfig, token_ids: Tensor, document_starts: Tensor, seed: int, device: str,
+             progress: Callable[[range], Iterable[int]] = iter) -> GPT:
+    """An ordinary language model of the text token_ids (N,): predict each next token.
+
+    Every window begins where a document does, document_starts (n,). `progress` wraps a round's range of steps, to
+    show how far it is. About one seed in six stalls before it has learned polarity; another round of the same
+    schedule gets it over that.
     """
     recipe = PRETRAINING
     torch.manual_seed(seed)
     gpt = GPT(config).to(device)
     order = torch.Generator().manual_seed(seed)
-    window = torch.arange(recipe["window"] + 1)
+    window = torch.arange(recipe["window"] + 1)                        # one more than is read: the last one's target
     starts = document_starts[document_starts + len(window) <= len(token_ids)]
     for _ in range(recipe["max_rounds"]):
-        optimizer = torch.optim.AdamW(gpt.parameters(), lr=recipe["lr"], weight_decay=0.01)
-        schedule = cosine_schedule(optimizer, recipe["warmup_steps"], recipe["steps"])
+        optimizer = torch.optim.AdamW(gpt.parameters(), weight_decay=0.01)
         losses = []
-        for _ in tqdm(range(recipe["steps"]), desc="pre-training the tiny GPT, once", disable=None):
+        for step in progress(range(recipe["steps"])):
+            lr = recipe["lr"] * cosine_factor(step, recipe["warmup_steps"], recipe["steps"])
+            optimizer.param_groups[0]["lr"] = lr
             picked = starts[torch.randint(len(starts), (recipe["batch_size"], 1), generator=order)]    # (B, 1)
             batch = token_ids[picked + window].to(device)              # (B, window + 1)
             logits = gpt(batch[:, :-1])                                # (B, window, vocab_size)
@@ -298,19 +309,11 @@ def pretrain(config: GPTConfig, token_ids: Tensor, document_starts: Tensor, seed
             loss.backward()
             nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
             optimizer.step()
-            schedule.step()
             losses.append(loss.item())
         if sum(losses[-50:]) / len(losses[-50:]) < recipe["learned_below"]:
             break
     gpt.zero_grad()                                                    # a finished model carries no gradients
     return gpt
-
-
-def cosine_schedule(optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int):
-    """Learning-rate factor: linear from 0 to 1 over the warm-up, then half a cosine down to 0."""
-    def factor(step: int) -> float:
-        return min((step + 1) / max(warmup_steps, 1), 0.5 * (1 + math.cos(math.pi * step / total_steps)))
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 # ---------------------------------------------------------------------------------------------------------------

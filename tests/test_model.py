@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import model
-from model import GPT, GPTConfig, InstanceEncoder
+from model import GPT, GPTConfig, InstanceEncoder, cosine_factor, pretrain
 
 
 @pytest.fixture
@@ -165,12 +165,49 @@ def test_the_pretrained_model_is_kept_and_its_name_follows_what_it_is_made_of(tm
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_a_pretraining_that_stalls_gets_another_round_and_no_more_than_three(tmp_path, monkeypatch):
-    made = []
-    monkeypatch.setattr(model, "cosine_schedule", lambda *a, schedule=model.cosine_schedule: made.append(a) or schedule(*a))
+# --- pre-training -----------------------------------------------------------------------------------------------
+
+SMALL = GPTConfig(vocab_size=31, n_positions=64, n_embd=12, n_layer=2, n_head=2)
+STARTS = torch.arange(0, 2000, 10)                                     # documents of ten tokens
+
+
+def test_the_learning_rate_rises_through_the_warm_up_and_falls_along_half_a_cosine():
+    half = math.sqrt(0.5)                                              # cos 45 degrees; step 8 of 32 is a quarter
+    wanted = {0: 1 / 4, 1: 2 / 4, 2: 3 / 4, 8: (1 + half) / 2, 16: 1 / 2, 24: (1 - half) / 2, 32: 0}
+    for step, factor in wanted.items():
+        assert cosine_factor(step, 4, 32) == pytest.approx(factor, abs=1e-12)
+    assert cosine_factor(0, 0, 32) == 1                                # no warm-up
+
+
+@pytest.mark.parametrize("learned_below, wanted", [(100.0, 1), (0.0, 3)])
+def test_a_pretraining_that_stalls_gets_another_round_and_no_more_than_three(monkeypatch, learned_below, wanted):
+    rounds = []
     monkeypatch.setitem(model.PRETRAINING, "steps", 2)
-    for learned_below, rounds in ((100.0, 1), (0.0, 3)):
-        made.clear()
-        monkeypatch.setitem(model.PRETRAINING, "learned_below", learned_below)
-        gpt, _, _ = model.tiny_gpt(0, tmp_path, "cpu")
-        assert len(made) == rounds and all(p.grad is None for p in gpt.parameters())
+    monkeypatch.setitem(model.PRETRAINING, "learned_below", learned_below)
+    gpt = pretrain(SMALL, torch.randint(31, (2000,)), STARTS, 0, "cpu", lambda steps: rounds.append(steps) or steps)
+    assert rounds == [range(2)] * wanted
+    assert all(p.grad is None for p in gpt.parameters())
+
+
+def test_the_first_step_of_pretraining_takes_the_first_rate_of_the_warm_up(monkeypatch):
+    """Adam's first step moves a weight by the whole rate, whatever its gradient, beside what the decay takes."""
+    monkeypatch.setitem(model.PRETRAINING, "steps", 1)
+    monkeypatch.setitem(model.PRETRAINING, "max_rounds", 1)
+    torch.manual_seed(5)
+    before = GPT(SMALL).wpe.weight
+    after = pretrain(SMALL, torch.randint(31, (2000,)), STARTS, 5, "cpu").wpe.weight
+    rate = 4e-3 / 50
+    moved = (after - before * (1 - 0.01 * rate)).abs().max().item()
+    assert moved == pytest.approx(rate, rel=1e-3)                      # float32, and the 1e-8 in Adam's denominator
+
+
+def test_pretraining_reads_windows_from_where_a_document_begins_and_learns_the_next_tokens(monkeypatch):
+    for name, value in dict(steps=30, window=4, batch_size=8, warmup_steps=1, lr=1e-2, max_rounds=1).items():
+        monkeypatch.setitem(model.PRETRAINING, name, value)
+    read = []
+    forward = GPT.forward
+    monkeypatch.setattr(GPT, "forward", lambda gpt, tokens: read.append(tokens) or forward(gpt, tokens))
+    config = GPTConfig(vocab_size=10, n_positions=8, n_embd=16, n_layer=1, n_head=2, initializer_range=0.1)
+    gpt = pretrain(config, torch.arange(10).repeat(200), STARTS, 0, "cpu")             # every document is 0, 1, ... 9
+    assert torch.equal(torch.cat(read), torch.arange(4).expand(30 * 8, 4))
+    assert gpt(torch.arange(4)[None])[0].argmax(dim=-1).tolist() == [1, 2, 3, 4]
