@@ -15,23 +15,14 @@ import hashlib
 import json
 import math
 import mmap
-import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
-
-import data
-
-# Names under huggingface.co/openai-community, and the sha256 of model.safetensors where public files state one.
-PUBLISHED = {"gpt2": "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
-             "gpt2-medium": None, "gpt2-large": None, "gpt2-xl": None}
 
 
 @dataclass
@@ -121,26 +112,20 @@ class GPT(nn.Module):
             nn.init.zeros_(module.bias)
 
     @classmethod
-    def from_pretrained(cls, name_or_dir: str | Path, cache_dir: str | Path = ".cache",
-                        dtype: torch.dtype = torch.float32) -> "GPT":
-        """GPT-2 by name (see PUBLISHED; downloaded once, into cache_dir/NAME) or from a folder that transformers wrote.
+    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> "GPT":
+        """GPT-2 from the folder that Hugging Face Transformers writes, or that huggingface.co/openai-community has.
 
-        Such a folder holds config.json and model.safetensors or pytorch_model.bin. ValueError: one of them is missing
-        or damaged, they do not fit together, or they are another architecture's.
+        It holds config.json and model.safetensors or pytorch_model.bin. ValueError: one of them is missing or
+        damaged, they do not fit together, or they are another architecture's.
         """
-        folder = Path(name_or_dir)
-        if name_or_dir in PUBLISHED:
-            folder = Path(cache_dir) / name_or_dir
-            url = f"https://huggingface.co/openai-community/{name_or_dir}/resolve/main/"
-            data.download(url + "config.json", folder / "config.json")
-            data.download(url + "model.safetensors", folder / "model.safetensors", PUBLISHED[name_or_dir])
-        paths = [path for file in ("model.safetensors", "pytorch_model.bin") if (path := folder / file).is_file()]
-        if not paths or not (folder / "config.json").is_file():
+        folder = Path(folder)
+        files = [folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()]
+        if not files or not (folder / "config.json").is_file():
             raise ValueError(f"{folder} does not hold config.json and model.safetensors or pytorch_model.bin: "
-                             f"name a folder that does, or one of {', '.join(PUBLISHED)}")
+                             "name a folder with a GPT-2 in it")
         with torch.device("meta"):                                     # shapes alone; the file brings the memory
             gpt = cls(read_config(folder / "config.json"))
-        gpt.load_state_dict(read_weights(paths[0], gpt.state_dict(), dtype), assign=True)
+        gpt.load_state_dict(read_weights(files[0], gpt.state_dict(), dtype), assign=True)
         return gpt
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -240,7 +225,7 @@ class InstanceEncoder(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The tiny GPT: pre-trained on the sample's text at first use, then kept in the cache
+# The tiny GPT's sizes and its pre-training; the text and its tokenizer are the caller's.
 
 # 1.30 nats a token is about what the text's own randomness leaves; a model that ignores polarity stays above 1.40.
 PRETRAINING = dict(steps=500, batch_size=48, window=64, lr=4e-3, warmup_steps=50, documents=20_000,
@@ -250,30 +235,6 @@ PRETRAINING = dict(steps=500, batch_size=48, window=64, lr=4e-3, warmup_steps=50
 def tiny_config(vocab_size: int) -> GPTConfig:
     # GPT-2's initial std 0.02 is too small at width 64: pre-training stalls before it has learned polarity.
     return GPTConfig(vocab_size, n_positions=128, n_embd=64, n_layer=2, n_head=4, initializer_range=0.08)
-
-
-def tiny_gpt(seed: int, cache_dir: str | Path, device: str) -> tuple[GPT, data.tiktoken.Encoding, float]:
-    """(tiny GPT, its tokenizer, seconds of pre-training, 0 if it came from the cache).
-
-    The cache file is named after all it was made from: the very tokens, the sizes, the recipe and the seed.
-    """
-    text = data.pretraining_text(PRETRAINING["documents"])
-    tokenizer = data.tiny_tokenizer(text)
-    token_ids = torch.tensor(tokenizer.encode_ordinary(text))
-    config = tiny_config(tokenizer.n_vocab)
-    made_from = json.dumps([asdict(config), PRETRAINING, seed]).encode() + token_ids.numpy().tobytes()
-    path = Path(cache_dir) / f"tiny-{hashlib.sha256(made_from).hexdigest()[:12]}.pt"
-    if path.exists():
-        gpt = GPT(config).to(device)
-        gpt.load_state_dict(data.load_file(path))
-        return gpt, tokenizer, 0.0
-    newline = tokenizer.encode_single_token("\n")
-    starts = torch.cat([torch.zeros(1, dtype=torch.long), (token_ids == newline).nonzero().flatten() + 1])
-    began = time.time()
-    progress = partial(tqdm, desc="pre-training the tiny GPT, once", disable=None)
-    gpt = pretrain(config, token_ids, starts, seed, device, progress)
-    data.save_file(path, gpt.state_dict())
-    return gpt, tokenizer, time.time() - began
 
 
 def cosine_factor(step: int, warmup_steps: int, total_steps: int) -> float:

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 
-import model
+import train
+from model import InstanceEncoder
 
-CACHE = Path(model.__file__).parent / ".cache"
+CACHE = Path(train.__file__).parent / ".cache"
 
 
 @pytest.fixture(scope="session")
 def tiny():
     """(frozen tiny GPT, its tokenizer)"""
-    gpt, tokenizer, _ = model.tiny_gpt(seed=0, cache_dir=CACHE, device="cpu")
-    return model.InstanceEncoder(gpt).gpt, tokenizer
+    gpt, tokenizer, _ = train.tiny_gpt(seed=0, cache_dir=CACHE, device="cpu")
+    return InstanceEncoder(gpt).gpt, tokenizer

@@ -1,6 +1,9 @@
 """model.py against a GPT-2 written out in float64, and against what padding and batching must not change."""
 
+import ast
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,6 +52,13 @@ def naive_gpt2(weights, config, tokens):
         y = 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y ** 3)))
         x = x + linear(y, name + ".mlp.c_proj")
     return norm(x, "ln_f") @ weights["wte.weight"].T
+
+
+def test_model_needs_torch_and_the_standard_library_alone():
+    tree = ast.parse(Path(model.__file__).read_text())
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in imported} <= sys.stdlib_module_names | {"torch"}
 
 
 def test_logits_equal_a_gpt2_written_out_from_its_definition(gpt):
@@ -149,20 +159,6 @@ def test_the_encoder_freezes_its_model():
     gpt = GPT(GPTConfig(8, 4, 4, 1, 1))
     InstanceEncoder(gpt)
     assert not gpt.training and not any(p.requires_grad for p in gpt.parameters())
-
-
-# --- the tiny GPT -----------------------------------------------------------------------------------------------
-
-
-def test_the_pretrained_model_is_kept_and_its_name_follows_what_it_is_made_of(tmp_path, monkeypatch):
-    monkeypatch.setitem(model.PRETRAINING, "steps", 2)
-    first, _, seconds = model.tiny_gpt(0, tmp_path, "cpu")
-    again, _, no_seconds = model.tiny_gpt(0, tmp_path, "cpu")
-    assert seconds > 0 and no_seconds == 0 and first.fingerprint() == again.fingerprint()
-    model.tiny_gpt(1, tmp_path, "cpu")
-    monkeypatch.setitem(model.PRETRAINING, "lr", 1e-3)
-    model.tiny_gpt(0, tmp_path, "cpu")
-    assert len(list(tmp_path.iterdir())) == 3
 
 
 # --- pre-training -----------------------------------------------------------------------------------------------

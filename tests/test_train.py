@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import data
+import model
 import train
 from model import InstanceEncoder
 
@@ -35,6 +36,28 @@ def refused(capsys, *argv):
     message = capsys.readouterr().err.strip()
     assert "Traceback" not in message
     return message.splitlines()[-1]
+
+
+# --- the tiny GPT -----------------------------------------------------------------------------------------------
+
+
+def test_the_pretrained_model_is_kept_and_its_name_follows_what_it_is_made_of(tmp_path, monkeypatch):
+    monkeypatch.setitem(model.PRETRAINING, "steps", 2)
+    first, _, seconds = train.tiny_gpt(0, tmp_path, "cpu")
+    again, _, no_seconds = train.tiny_gpt(0, tmp_path, "cpu")
+    assert seconds > 0 and no_seconds == 0 and first.fingerprint() == again.fingerprint()
+    train.tiny_gpt(1, tmp_path, "cpu")
+    monkeypatch.setitem(model.PRETRAINING, "lr", 1e-3)
+    train.tiny_gpt(0, tmp_path, "cpu")
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_pretraining_shows_its_progress_in_a_terminal_alone_and_only_if_it_may(tmp_path, monkeypatch, capsys, quiet):
+    monkeypatch.setitem(model.PRETRAINING, "steps", 2)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    train.tiny_gpt(0, tmp_path, "cpu", quiet=quiet)
+    assert ("pre-training the tiny GPT" in capsys.readouterr().err) == (not quiet)
 
 
 # --- a run -----------------------------------------------------------------------------------------------------
