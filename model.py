@@ -39,6 +39,8 @@ class GPTConfig:
 
 
 class Attention(nn.Module):
+    """Every position looks at itself and at what stands before it, with n_head heads of d / n_head features each."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head = config.n_head
@@ -51,10 +53,11 @@ class Attention(nn.Module):
         `past`, when generating, holds the keys and values of the positions before x; those of x join them.
         """
         B, T, d = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)
+        q, k, v = self.c_attn(x).split(d, dim=2)                       # (B, T, d) each, then (B, n_head, T, d / n_head)
+        q, k, v = (y.view(B, T, self.n_head, d // self.n_head).transpose(1, 2) for y in (q, k, v))
+        if past:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)        # (B, n_head, past + T, ...)
         if past is not None:
-            if past:
-                k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)   # (B, n_head, past + T, ...)
             past[:] = k, v
         # Causal, and padding stands on the right: no real token can see it, so no other mask is needed.
         mask = None
@@ -63,7 +66,7 @@ class Attention(nn.Module):
             mask = (torch.arange(T, device=x.device) <= at[:, None])[:, None, None]      # (B, 1, 1, T)
         # A single position is the last one, and sees everything, or what the mask says.
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=q.shape[2] > 1)
-        return self.c_proj(x.transpose(1, 2).flatten(2))
+        return self.c_proj(x.transpose(1, 2).flatten(2))               # heads side by side again: (B, T, d)
 
 
 class MLP(nn.Module):
