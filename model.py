@@ -327,8 +327,10 @@ def read_weights(path: Path, wanted: dict[str, Tensor], dtype: torch.dtype) -> d
                              f"asks for {needed or 'no such tensor'}: is it another model's?")
         # A view turned round: copies in our order were no faster (forward, backward, generation) and cost memory.
         weights[name] = (tensor.T if name.endswith(TRANSPOSED) else tensor).to(dtype)
-    for name in wanted.keys() - weights.keys():
-        raise ValueError(f"{path}: tensor {name!r} is missing, config.json asks for {list(wanted[name].shape)}")
+    missing = [name for name in wanted if name not in weights]
+    if missing:
+        raise ValueError(f"{path}: lacks {len(missing)} of the {len(wanted)} tensors that config.json asks for, first "
+                         f"{missing[0]!r}, {list(wanted[missing[0]].shape)}: is it another model's?")
     head = weights.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head, weights["wte.weight"]):
         raise ValueError(f"{path}: lm_head.weight differs from wte.weight, but this model uses one table for both")

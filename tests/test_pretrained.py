@@ -221,7 +221,7 @@ def test_a_folder_without_one_of_the_files_is_refused(tmp_path, file):
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 @pytest.mark.parametrize("name, tensor, words", [
-    ("transformer.h.2.mlp.c_fc.bias", None, "'h.2.mlp.c_fc.bias' is missing, config.json asks for [80]"),
+    ("transformer.h.2.mlp.c_fc.bias", None, "lacks 1 of the 40 tensors that config.json asks for, first 'h.2.mlp.c_fc.bias', [80]"),
     ("transformer.h.3.ln_1.weight", torch.ones(20), "'transformer.h.3.ln_1.weight' is [20]"),
     ("transformer.wpe.weight", torch.ones(41, 20), "is [41, 20] of torch.float32, config.json asks for [40, 20]"),
     ("transformer.h.1.attn.c_attn.weight", torch.ones(60, 20),
@@ -237,6 +237,15 @@ def test_a_tensor_that_does_not_belong_is_named_with_both_shapes(tmp_path, kind,
         del tensors[name]
     message = refusal(GPT.from_pretrained, write_model(tmp_path, tensors, kind))
     assert words in message and str(tmp_path) in message
+
+
+def test_missing_tensors_are_counted_and_the_first_in_the_models_own_order_is_named(tmp_path):
+    tensors = stored(prefix=False, extras=False)
+    for name in ("ln_f.bias", "h.2.ln_1.weight", "h.2.attn.c_attn.bias", "h.0.mlp.c_fc.weight", "h.0.ln_2.bias"):
+        del tensors[name]
+    shuffled = {name: tensors[name] for name in sorted(tensors, reverse=True)}
+    message = refusal(GPT.from_pretrained, write_model(tmp_path, shuffled))
+    assert "lacks 5 of the 40 tensors that config.json asks for, first 'h.0.ln_2.bias', [20]" in message
 
 
 @pytest.mark.parametrize("name, value, words", [
