@@ -172,12 +172,14 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, inputs_embeds: Tensor, max_new_tokens: int) -> Tensor:
-        """Embedded input (B, T, d), with a soft prompt in front or without -> the likeliest tokens (B, max_new_tokens).
+        """Embedded input (B, T, d), a soft prompt in front or not -> the likeliest next tokens (B, max_new_tokens).
 
         All rows have the same length, because the next token is read at the last position; generate unequal ones
-        apart. ValueError: input and new tokens are longer than the context.
+        apart. ValueError: the input is empty, or longer than the context together with the new tokens.
         """
         B, T, _ = inputs_embeds.shape
+        if T == 0:
+            raise ValueError("the input is empty, so no token can follow it: pass a prompt or one token at least")
         if T + max_new_tokens > self.config.n_positions:
             raise ValueError(f"{T} input + {max_new_tokens} new tokens > context {self.config.n_positions}: "
                              "lower max_new_tokens or cut the input")

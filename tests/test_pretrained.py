@@ -189,6 +189,12 @@ def test_generation_up_to_the_end_of_the_context_works_and_one_token_more_is_ref
     assert "7 input + 4 new tokens > context 10" in refusal(gpt.generate, embeds, 4)
 
 
+def test_generation_from_an_empty_input_is_refused():
+    gpt = GPT(GPTConfig(8, 10, 4, 1, 1))
+    for max_new_tokens in (0, 3):
+        assert "the input is empty" in refusal(gpt.generate, torch.zeros(2, 0, 4), max_new_tokens)
+
+
 def test_hidden_refuses_what_a_past_cannot_continue():
     gpt, past = GPT(GPTConfig(8, 10, 4, 1, 1)), [[]]
     gpt.hidden(torch.zeros(1, 9, 4), past=past)
