@@ -365,38 +365,37 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # training may write to it, never to the file
     header.pop("__metadata__", None)
     entries = sorted(parse_entry(path, name, entry, size) for name, entry in header.items())
-    expected = 0
+    position = 0                                   # where the next tensor has to begin, since no byte is left out
     for begin, end, name, shape, dtype in entries:
-        needed = math.prod(shape) * DTYPES[dtype].itemsize
-        if begin != expected or end - begin != needed:
-            raise ValueError(f"{path}: tensor {name!r} at bytes {begin} to {end}, but {shape} of {dtype} is {needed} "
-                             f"bytes and the tensor before it ends at {expected}")
-        expected = end
-    if start + expected != size:
-        raise ValueError(f"{path}: {size} bytes, the header describes {start + expected}: download it again")
+        wanted = (position, position + math.prod(shape) * dtype.itemsize)
+        if (begin, end) != wanted:
+            raise ValueError(f"{path}: tensor {name!r} at bytes {begin} to {end}, but {shape} of {dtype} has its "
+                             f"place at {wanted[0]} to {wanted[1]}: download it again")
+        position = end
+    if start + position != size:
+        raise ValueError(f"{path}: {size} bytes, the header describes {start + position}: download it again")
     for begin, end, name, shape, dtype in entries:
         tensor = torch.frombuffer(mapped, dtype=torch.uint8, count=end - begin, offset=start + begin)
-        if (start + begin) % DTYPES[dtype].itemsize:
+        if (start + begin) % dtype.itemsize:
             tensor = tensor.clone()                # gpt2's own numbers begin at an odd byte, where no float may stand
-        yield name, tensor.view(DTYPES[dtype]).view(shape)
+        yield name, tensor.view(dtype).view(shape)
         if hasattr(mapped, "madvise"):             # what was only copied leaves memory; a view reads its part again
             mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def parse_entry(path: Path, name: str, entry, size: int) -> tuple[int, int, str, list[int], str]:
-    """One tensor's line of the header, of any type and content -> (begin, end, name, shape, dtype)."""
-    def whole_numbers(values, least: int) -> bool:                     # type(): True would be an instance of int
-        return (isinstance(values, list) and len(values) <= 8
-                and all(type(n) is int and least <= n <= size for n in values))
-
-    entry = entry if isinstance(entry, dict) else {}
-    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if not isinstance(dtype, str) or not whole_numbers(shape, 1) or not whole_numbers(offsets, 0) or len(offsets) != 2:
-        raise ValueError(f"{path}: tensor {name!r} needs dtype, shape and two data_offsets, all within {size} bytes: "
-                         "download it again")
-    if dtype not in DTYPES:
-        raise ValueError(f"{path}: tensor {name!r} has dtype {dtype!r}, which is none of {', '.join(DTYPES)}")
-    return *offsets, name, shape, dtype
+def parse_entry(path: Path, name: str, entry, size: int) -> tuple[int, int, str, list[int], torch.dtype]:
+    """One tensor's entry in the header, whatever JSON it is -> (begin, end, name, shape, dtype), or ValueError."""
+    try:
+        dtype, shape, (begin, end) = DTYPES[entry["dtype"]], list(entry["shape"]), entry["data_offsets"]
+        numbers = [*shape, begin, end]
+        sound = all(type(n) is int and 0 <= n <= size for n in numbers)                # True is an instance of int
+        sound = sound and all(shape) and len(shape) <= 8                               # no side is 0
+    except (KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise ValueError(f"{path}: tensor {name!r} needs dtype {', '.join(DTYPES)}, and shape and two data_offsets "
+                         f"within {size} bytes: save or download it again")
+    return begin, end, name, shape, dtype
 
 
 def parse_object(text: bytes, path: Path) -> dict:
@@ -411,8 +410,8 @@ def parse_object(text: bytes, path: Path) -> dict:
 
     try:
         content = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+        if not isinstance(content, dict):
+            raise ValueError("another kind of value")
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error}): download it again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: JSON, but not an object: download it again")
+        raise ValueError(f"{path}: not readable as a JSON object ({error}): download it again") from None
     return content
