@@ -8,7 +8,9 @@ after the embedding and before the blocks; that is why the forward pass comes in
     hidden   inputs_embeds (B, T, d)  -> last hidden states (B, T, d)
     logits   hidden states (..., d)   -> logits (..., vocab_size), only where they are needed
 
-`GPT.from_pretrained` reads the published weights; the readers of their files stand at the end of this file.
+B is the number of texts, T their length, d the width; d_h is the width of the instance embedding h (here d).
+After the model come the instance encoder, the pre-training of a tiny GPT and the reader of weight files.
+This file imports torch and the standard library alone, so it can be copied by itself.
 """
 
 import hashlib
@@ -39,7 +41,7 @@ class GPTConfig:
 
 
 class Attention(nn.Module):
-    """Every position looks at itself and at what stands before it, with n_head heads of d / n_head features each."""
+    """Every position looks at itself and at all before it, in n_head heads of d / n_head features each."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -53,10 +55,12 @@ class Attention(nn.Module):
         `past`, when generating, holds the keys and values of the positions before x; those of x join them.
         """
         B, T, d = x.shape
-        q, k, v = self.c_attn(x).split(d, dim=2)                       # (B, T, d) each, then (B, n_head, T, d / n_head)
-        q, k, v = (y.view(B, T, self.n_head, d // self.n_head).transpose(1, 2) for y in (q, k, v))
+        parts = self.c_attn(x).split(d, dim=2)                         # three of (B, T, d)
+        # Each becomes (B, n_head, T, d / n_head).
+        q, k, v = (part.view(B, T, self.n_head, d // self.n_head).transpose(1, 2) for part in parts)
         if past:
-            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)        # (B, n_head, past + T, ...)
+            k = torch.cat([past[0], k], dim=2)                         # (B, n_head, past + T, d / n_head)
+            v = torch.cat([past[1], v], dim=2)
         if past is not None:
             past[:] = k, v
         # Causal, and padding stands on the right: no real token can see it, so no other mask is needed.
@@ -116,17 +120,18 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> "GPT":
-        """GPT-2 from the folder that Hugging Face Transformers writes, or that huggingface.co/openai-community has.
+        """GPT-2 from a folder as Hugging Face Transformers writes it and as the published weights come.
 
-        It holds config.json and model.safetensors or pytorch_model.bin. ValueError: one of them is missing or
-        damaged, they do not fit together, or they are another architecture's.
+        It holds config.json and model.safetensors or pytorch_model.bin. ValueError: one of them is missing
+        or damaged, they do not fit together, or they are another architecture's.
         """
         folder = Path(folder)
-        files = [folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()]
+        files = [folder / "model.safetensors", folder / "pytorch_model.bin"]
+        files = [file for file in files if file.is_file()]
         if not files or not (folder / "config.json").is_file():
-            raise ValueError(f"{folder} does not hold config.json and model.safetensors or pytorch_model.bin: "
-                             "name a folder with a GPT-2 in it")
-        with torch.device("meta"):                                     # shapes alone; the file brings the memory
+            raise ValueError(f"{folder} does not hold config.json and model.safetensors or "
+                             "pytorch_model.bin: name a folder with a GPT-2 in it")
+        with torch.device("meta"):                                     # shapes alone, no memory yet
             gpt = cls(read_config(folder / "config.json"))
         gpt.load_state_dict(read_weights(files[0], gpt.state_dict(), dtype), assign=True)
         return gpt
@@ -137,10 +142,11 @@ class GPT(nn.Module):
 
     def hidden(self, inputs_embeds: Tensor, num_blocks: int | None = None,
                past: list[list[Tensor]] | None = None) -> Tensor:
-        """Embedded input (B, T, d) -> last hidden states (B, T, d). A prompt in front shifts the text's positions.
+        """Embedded input (B, T, d) -> last hidden states (B, T, d). A prompt in front moves the text back.
 
-        With `num_blocks`, the raw states after that many blocks. `past`, at first an empty list for each block, fills
-        with keys and values; from then on the input is the one next position. ValueError: longer than the context.
+        With `num_blocks`, the raw states after that many blocks. `past`, at first an empty list per block,
+        fills with keys and values; from then on the input is the one next position. ValueError: it is longer
+        than the context.
         """
         T = inputs_embeds.shape[1]
         start = past[0][0].shape[2] if past and past[0] else 0
@@ -157,13 +163,13 @@ class GPT(nn.Module):
     def hidden_at(self, inputs_embeds: Tensor, positions: Tensor) -> Tensor:
         """The same as `hidden(...)` at one position per row, (B, T, d), (B,) -> (B, d), for less work.
 
-        The last block's states elsewhere are seen by nobody, so its MLP, its largest part, runs on B tokens, not B T.
+        Nobody sees the last block's states elsewhere, so its MLP, its largest part, runs on B tokens alone.
         """
         x = self.hidden(inputs_embeds, num_blocks=len(self.h) - 1)     # (B, T, d)
         return self.ln_f(self.h[-1](x, at=positions)[:, 0])
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states (..., d) -> next-token logits (..., vocab_size), through the tied embedding table."""
+        """Hidden states (..., d) -> next-token logits (..., vocab_size), through the embedding table."""
         return hidden @ self.wte.weight.T
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -172,14 +178,14 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, inputs_embeds: Tensor, max_new_tokens: int) -> Tensor:
-        """Embedded input (B, T, d), a soft prompt in front or not -> the likeliest next tokens (B, max_new_tokens).
+        """Embedded input (B, T, d), with a prompt or not -> the likeliest next tokens (B, max_new_tokens).
 
-        All rows have the same length, because the next token is read at the last position; generate unequal ones
-        apart. ValueError: the input is empty, or longer than the context together with the new tokens.
+        All rows have the same length, because the next token is read at the last position; generate unequal
+        ones apart. ValueError: the input is empty, or does not fit the context together with the new tokens.
         """
         B, T, _ = inputs_embeds.shape
         if T == 0:
-            raise ValueError("the input is empty, so no token can follow it: pass a prompt or one token at least")
+            raise ValueError("the input is empty, nothing can follow it: pass a prompt or one token")
         if T + max_new_tokens > self.config.n_positions:
             raise ValueError(f"{T} input + {max_new_tokens} new tokens > context {self.config.n_positions}: "
                              "lower max_new_tokens or cut the input")
@@ -192,7 +198,7 @@ class GPT(nn.Module):
         return tokens
 
     def fingerprint(self) -> str:
-        """Twelve hex digits that tell this model's weights from any other's; an adapter fits one model only."""
+        """Twelve hex digits that tell these weights from any others: an adapter fits one model only."""
         digest = hashlib.sha256()
         for name, tensor in self.state_dict().items():
             digest.update(name.encode())
@@ -201,10 +207,10 @@ class GPT(nn.Module):
 
 
 class InstanceEncoder(nn.Module):
-    """Text -> instance embedding h (B, d_h), from a frozen GPT: what the input looks like to the model half-way up.
+    """Text -> instance embedding h (B, d_h), from a frozen GPT: what the input is to the model half-way up.
 
-    The hidden states after half of the blocks, each layer-normalised, averaged over the real tokens; then every
-    feature is standardised with the training split's mean and deviation (`fit`; before it, nothing is changed).
+    The hidden states after half of the blocks, each layer-normalised, averaged over the real tokens; then
+    every feature is standardised with the training split's mean and deviation, once `fit` has seen them.
     """
 
     def __init__(self, gpt: GPT):
@@ -216,23 +222,25 @@ class InstanceEncoder(nn.Module):
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Tokens (B, T), right-padded, and lengths (B,) -> h (B, d_h)."""
-        hidden = self.gpt.hidden(self.gpt.embed(tokens), num_blocks=self.num_blocks)             # (B, T, d)
-        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))   # bfloat16 is too coarse to average in
+        hidden = self.gpt.hidden(self.gpt.embed(tokens), num_blocks=self.num_blocks)   # (B, T, d)
+        # bfloat16 is too coarse to average in.
+        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         hidden = F.layer_norm(hidden, hidden.shape[-1:])               # no token outweighs the others
-        real = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]                      # (B, T)
-        mean = (hidden * real[..., None]).sum(dim=1) / lengths[:, None]                                    # (B, d)
+        real = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]  # (B, T)
+        mean = (hidden * real[..., None]).sum(dim=1) / lengths[:, None]                # (B, d)
         return (mean - self.mean) / self.std                           # Eq. (5)
 
     def fit(self, instances: Tensor) -> Tensor:
-        """Training split's embeddings (N, d_h), made before fitting -> the same, standardised from now on."""
+        """The training split's embeddings (N, d_h), made before -> the same, standardised from now on."""
         self.mean, self.std = instances.mean(dim=0), instances.std(dim=0).clamp(min=1e-6)
         return (instances - self.mean) / self.std
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # The tiny GPT's sizes and its pre-training; the text and its tokenizer are the caller's.
 
-# 1.30 nats a token is about what the text's own randomness leaves; a model that ignores polarity stays above 1.40.
+# 1.30 nats a token is about what the text's own randomness leaves; a model that ignores polarity stays above
+# 1.40. `documents` is how many reviews the caller's text should have.
 PRETRAINING = dict(steps=500, batch_size=48, window=64, lr=4e-3, warmup_steps=50, documents=20_000,
                    max_rounds=3, learned_below=1.36)
 
@@ -243,23 +251,23 @@ def tiny_config(vocab_size: int) -> GPTConfig:
 
 
 def cosine_factor(step: int, warmup_steps: int, total_steps: int) -> float:
-    """Of the peak learning rate at a step, counted from 0: linear from 0 to 1, then half a cosine down to 0."""
+    """Share of the peak learning rate at a step (from 0): a linear warm-up, then half a cosine down to 0."""
     return min((step + 1) / max(warmup_steps, 1), 0.5 * (1 + math.cos(math.pi * step / total_steps)))
 
 
 def pretrain(config: GPTConfig, token_ids: Tensor, document_starts: Tensor, seed: int, device: str,
              progress: Callable[[range], Iterable[int]] = iter) -> GPT:
-    """An ordinary language model of the text token_ids (N,): predict each next token.
+    """An ordinary language model of the text token_ids (N,): predict each next token, as PRETRAINING says.
 
-    Every window begins where a document does, document_starts (n,). `progress` wraps a round's range of steps, to
-    show how far it is. About one seed in six stalls before it has learned polarity; another round of the same
-    schedule gets it over that.
+    Every window begins where a document does: at document_starts (n,). `progress` wraps a round's range of
+    steps, as tqdm does. About one seed in six stalls before it has learned polarity; another round of the
+    same schedule gets it over that.
     """
     recipe = PRETRAINING
     torch.manual_seed(seed)
     gpt = GPT(config).to(device)
     order = torch.Generator().manual_seed(seed)
-    window = torch.arange(recipe["window"] + 1)                        # one more than is read: the last one's target
+    window = torch.arange(recipe["window"] + 1)                        # one more than read: the last target
     starts = document_starts[document_starts + len(window) <= len(token_ids)]
     for _ in range(recipe["max_rounds"]):
         optimizer = torch.optim.AdamW(gpt.parameters(), weight_decay=0.01)
@@ -267,8 +275,8 @@ def pretrain(config: GPTConfig, token_ids: Tensor, document_starts: Tensor, seed
         for step in progress(range(recipe["steps"])):
             lr = recipe["lr"] * cosine_factor(step, recipe["warmup_steps"], recipe["steps"])
             optimizer.param_groups[0]["lr"] = lr
-            picked = starts[torch.randint(len(starts), (recipe["batch_size"], 1), generator=order)]    # (B, 1)
-            batch = token_ids[picked + window].to(device)              # (B, window + 1)
+            picked = torch.randint(len(starts), (recipe["batch_size"], 1), generator=order)
+            batch = token_ids[starts[picked] + window].to(device)      # (B, window + 1)
             logits = gpt(batch[:, :-1])                                # (B, window, vocab_size)
             loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
             optimizer.zero_grad()
@@ -278,22 +286,22 @@ def pretrain(config: GPTConfig, token_ids: Tensor, document_starts: Tensor, seed
             losses.append(loss.item())
         if sum(losses[-50:]) / len(losses[-50:]) < recipe["learned_below"]:
             break
-    gpt.zero_grad()                                                    # a finished model carries no gradients
+    gpt.zero_grad()                                                    # a finished model needs no gradients
     return gpt
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Reading pre-trained weights: whatever the files hold, the result is a model or a ValueError of one line.
 
 # Weights that GPT-2's files store the other way round, (in, out), for its own kind of linear layer.
 TRANSPOSED = ("c_attn.weight", "c_fc.weight", "c_proj.weight")
-# BOOL and U8 only because older files hold the causal mask in them.
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool, "U8": torch.uint8}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "BOOL": torch.bool, "U8": torch.uint8}      # these two for the causal mask in older files
 MAX_HEADER = 2 ** 20      # bytes; gpt2-xl's is a tenth of that
 
 
 def read_config(path: Path) -> GPTConfig:
-    """config.json -> GPTConfig. ValueError: a size is missing or absurd, or the model computes something else."""
+    """config.json -> GPTConfig. ValueError: a size is missing or absurd, or the model computes otherwise."""
     found = parse_object(path.read_bytes(), path)
     sizes = {name: found.get(name) for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")}
     for name, size in sizes.items():
@@ -305,96 +313,103 @@ def read_config(path: Path) -> GPTConfig:
     epsilon = found.get("layer_norm_epsilon", 1e-5)
     if type(epsilon) is not float or not 0 < epsilon < 1:
         raise ValueError(f"{path}: layer_norm_epsilon is no number between 0 and 1")
-    computed = {"model_type": ["gpt2"], "activation_function": ["gelu_new"], "n_inner": [None, 4 * sizes["n_embd"]],
+    computed = {"model_type": ["gpt2"], "activation_function": ["gelu_new"],
+                "n_inner": [None, 4 * sizes["n_embd"]],
                 "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False]}
     for name, values in computed.items():
         if name in found and found[name] not in values:
-            raise ValueError(f"{path}: {name} is not {' or '.join(map(repr, values))}: another model than GPT-2")
+            allowed = " or ".join(map(repr, values))
+            raise ValueError(f"{path}: {name} is not {allowed}: another model than GPT-2")
     return GPTConfig(**sizes, layer_norm_epsilon=epsilon)
 
 
 def read_weights(path: Path, wanted: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """A file's tensors under our names, in our layout and `dtype`: exactly those `wanted`, or ValueError."""
     weights = {}
-    for stored_name, tensor in (read_safetensors if path.suffix == ".safetensors" else read_bin)(path):
+    read = read_safetensors if path.suffix == ".safetensors" else read_bin
+    for stored_name, tensor in read(path):
         name = stored_name.removeprefix("transformer.")                # files come with it and without
         if name.endswith((".attn.bias", ".attn.masked_bias")):
-            continue                                                   # the causal mask: older files hold it too
+            continue                                                   # the causal mask, in older files
         if name in weights:
-            raise ValueError(f"{path}: tensor {name!r} is there twice, with transformer. before it and without")
+            raise ValueError(f"{path}: tensor {name!r} is there twice, with transformer. and without")
         like = wanted.get("wte.weight" if name == "lm_head.weight" else name)
         needed = None if like is None else list(like.shape)[::-1 if name.endswith(TRANSPOSED) else 1]
         if list(tensor.shape) != needed or not tensor.is_floating_point():
-            raise ValueError(f"{path}: tensor {stored_name!r} is {list(tensor.shape)} of {tensor.dtype}, config.json "
-                             f"asks for {needed or 'no such tensor'}: is it another model's?")
-        # A view turned round: copies in our order were no faster (forward, backward, generation) and cost memory.
+            raise ValueError(f"{path}: tensor {stored_name!r} is {list(tensor.shape)} of {tensor.dtype}, "
+                             f"config.json asks for {needed or 'no such tensor'}: is it another model's?")
+        # A view turned round: copies in our order cost memory and were no faster (training and generation).
         weights[name] = (tensor.T if name.endswith(TRANSPOSED) else tensor).to(dtype)
     missing = [name for name in wanted if name not in weights]
     if missing:
-        raise ValueError(f"{path}: lacks {len(missing)} of the {len(wanted)} tensors that config.json asks for, first "
-                         f"{missing[0]!r}, {list(wanted[missing[0]].shape)}: is it another model's?")
+        shape = list(wanted[missing[0]].shape)
+        raise ValueError(f"{path}: lacks {len(missing)} of the {len(wanted)} tensors that config.json asks "
+                         f"for, first {missing[0]!r}, {shape}: is it another model's?")
     head = weights.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head, weights["wte.weight"]):
-        raise ValueError(f"{path}: lm_head.weight differs from wte.weight, but this model uses one table for both")
+        raise ValueError(f"{path}: lm_head.weight differs from wte.weight, but GPT-2 has one table for both")
     return weights
 
 
 def read_bin(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of a file that torch.save wrote. ValueError for a damaged one and for one with code in it."""
-    try:                                           # the format of GPT-2's years, before 2020, is no zip and cannot be mapped
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    """(name, tensor) of a file that torch.save wrote. ValueError: it is damaged, or there is code in it."""
+    can_map = zipfile.is_zipfile(path)             # files from before 2020 are none: read whole
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
     except Exception as error:                     # torch.load raises half a dozen types for a damaged file
-        raise ValueError(f"{path}: no saved weights ({type(error).__name__}): save or download it again") from None
+        raise ValueError(f"{path}: no saved weights ({type(error).__name__}): download it again") from None
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise ValueError(f"{path}: holds something else than tensors by name: save a state_dict")
     for name in list(tensors):
-        yield str(name), tensors.pop(name)         # pop: nothing but the reader's last tensor is in memory twice
+        yield str(name), tensors.pop(name)         # pop: only the reader's last tensor is in memory twice
 
 
 def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of a safetensors file: views of the mapped file, which is read from disk where they are used.
+    """(name, tensor) of a safetensors file: views of the mapped file, read from disk when they are used.
 
-    The file is the header's length (8 bytes, little-endian), the header, and the numbers without a gap; the header is
-    JSON, {name: {dtype, shape, data_offsets}}. ValueError, with file and tensor, for whatever does not fit together.
+    The file is the header's length (8 bytes, little-endian), the header, and the numbers without a gap; the
+    header is JSON, {name: {dtype, shape, data_offsets}}. ValueError, with file and tensor, if something does
+    not fit together.
     """
     with open(path, "rb") as file:
         size, start = path.stat().st_size, 8 + int.from_bytes(file.read(8), "little")
         if not start <= min(size, MAX_HEADER):
-            raise ValueError(f"{path}: {size} bytes, its header {start - 8}: no safetensors file, download it again")
+            raise ValueError(f"{path}: {size} bytes, its header {start - 8}: no safetensors file, "
+                             "download it again")
         header = parse_object(file.read(start - 8), path)
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # training may write to it, never to the file
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # what training writes stays in memory
     header.pop("__metadata__", None)
     entries = sorted(parse_entry(path, name, entry, size) for name, entry in header.items())
-    position = 0                                   # where the next tensor has to begin, since no byte is left out
+    position = 0                                   # where the next tensor has to begin: no byte is left out
     for begin, end, name, shape, dtype in entries:
         wanted = (position, position + math.prod(shape) * dtype.itemsize)
         if (begin, end) != wanted:
-            raise ValueError(f"{path}: tensor {name!r} at bytes {begin} to {end}, but {shape} of {dtype} has its "
-                             f"place at {wanted[0]} to {wanted[1]}: download it again")
+            raise ValueError(f"{path}: tensor {name!r} at bytes {begin} to {end}, but {shape} of {dtype} "
+                             f"belongs at {wanted[0]} to {wanted[1]}: download it again")
         position = end
     if start + position != size:
         raise ValueError(f"{path}: {size} bytes, the header describes {start + position}: download it again")
     for begin, end, name, shape, dtype in entries:
         tensor = torch.frombuffer(mapped, dtype=torch.uint8, count=end - begin, offset=start + begin)
         if (start + begin) % dtype.itemsize:
-            tensor = tensor.clone()                # gpt2's own numbers begin at an odd byte, where no float may stand
+            tensor = tensor.clone()                # gpt2's own begin at an odd byte: not for floats
         yield name, tensor.view(dtype).view(shape)
-        if hasattr(mapped, "madvise"):             # what was only copied leaves memory; a view reads its part again
+        if hasattr(mapped, "madvise"):             # what was copied leaves memory, a view reads it again
             mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def parse_entry(path: Path, name: str, entry, size: int) -> tuple[int, int, str, list[int], torch.dtype]:
-    """One tensor's entry in the header, whatever JSON it is -> (begin, end, name, shape, dtype), or ValueError."""
+    """A tensor's entry in the header, any JSON at all -> (begin, end, name, shape, dtype), or ValueError."""
     try:
         dtype, shape, (begin, end) = DTYPES[entry["dtype"]], list(entry["shape"]), entry["data_offsets"]
-        numbers = [*shape, begin, end]
-        sound = all(type(n) is int and 0 <= n <= size for n in numbers)                # True is an instance of int
-        sound = sound and all(shape) and len(shape) <= 8                               # no side is 0
+        # type(), because True is an instance of int; all(shape), because no side is 0.
+        sound = (all(type(n) is int and 0 <= n <= size for n in [*shape, begin, end])
+                 and all(shape) and len(shape) <= 8)
     except (KeyError, TypeError, ValueError):
         sound = False
     if not sound:
-        raise ValueError(f"{path}: tensor {name!r} needs dtype {', '.join(DTYPES)}, and shape and two data_offsets "
-                         f"within {size} bytes: save or download it again")
+        raise ValueError(f"{path}: tensor {name!r} needs dtype {', '.join(DTYPES)}, and shape and two "
+                         f"data_offsets within {size} bytes: save or download it again")
     return begin, end, name, shape, dtype
 
 

@@ -20,13 +20,13 @@ def gpt():
 
 
 def tokens_of(*lengths, pad_to=None):
-    """Random rows of the given lengths -> right-padded tokens, lengths. The padding is random too: it must not matter."""
+    """Random rows of these lengths -> right-padded tokens, lengths. The padding, too, is random tokens."""
     width = pad_to or max(lengths)
     return torch.randint(31, (len(lengths), width)), torch.tensor(lengths)
 
 
 def naive_gpt2(weights, config, tokens):
-    """GPT-2 for one row of tokens, from its definition: loops over heads and positions, softmax and GELU spelled out."""
+    """GPT-2 for one row of tokens, by definition: loops over heads and positions, softmax and GELU spelled out."""
     def linear(x, name):
         return x @ weights[name + ".weight"].T + weights[name + ".bias"]
 
@@ -56,9 +56,10 @@ def naive_gpt2(weights, config, tokens):
 
 def test_model_needs_torch_and_the_standard_library_alone():
     tree = ast.parse(Path(model.__file__).read_text())
-    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert {name.split(".")[0] for name in imported} <= sys.stdlib_module_names | {"torch"}
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import)]
+    names = {alias.name for node in imports for alias in node.names}
+    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in names} <= sys.stdlib_module_names | {"torch"}
 
 
 def test_logits_equal_a_gpt2_written_out_from_its_definition(gpt):
@@ -80,7 +81,7 @@ def test_the_states_at_one_position_are_those_of_the_whole_forward_pass(gpt):
     alone = gpt.hidden_at(inputs_embeds, lengths - 1)
     assert torch.allclose(alone, whole, atol=1e-12)
     direction = torch.randn(4, 12, dtype=torch.float64)
-    gradients = [torch.autograd.grad((states * direction).sum(), inputs_embeds)[0] for states in (whole, alone)]
+    gradients = [torch.autograd.grad((x * direction).sum(), inputs_embeds)[0] for x in (whole, alone)]
     assert torch.allclose(*gradients, atol=1e-12)
 
 
@@ -123,7 +124,7 @@ def test_a_fingerprint_tells_models_apart(gpt):
     assert gpt.fingerprint() != before
 
 
-# --- the instance encoder --------------------------------------------------------------------------------------
+# --- the instance encoder ----------------------------------------------------------------------------------
 
 
 def test_the_instance_embedding_is_the_mean_over_real_tokens_half_way_up(gpt):
@@ -161,14 +162,14 @@ def test_the_encoder_freezes_its_model():
     assert not gpt.training and not any(p.requires_grad for p in gpt.parameters())
 
 
-# --- pre-training -----------------------------------------------------------------------------------------------
+# --- pre-training ------------------------------------------------------------------------------------------
 
 SMALL = GPTConfig(vocab_size=31, n_positions=64, n_embd=12, n_layer=2, n_head=2)
 STARTS = torch.arange(0, 2000, 10)                                     # documents of ten tokens
 
 
 def test_the_learning_rate_rises_through_the_warm_up_and_falls_along_half_a_cosine():
-    half = math.sqrt(0.5)                                              # cos 45 degrees; step 8 of 32 is a quarter
+    half = math.sqrt(0.5)                                              # cos 45°, at a quarter of the way
     wanted = {0: 1 / 4, 1: 2 / 4, 2: 3 / 4, 8: (1 + half) / 2, 16: 1 / 2, 24: (1 - half) / 2, 32: 0}
     for step, factor in wanted.items():
         assert cosine_factor(step, 4, 32) == pytest.approx(factor, abs=1e-12)
@@ -176,17 +177,18 @@ def test_the_learning_rate_rises_through_the_warm_up_and_falls_along_half_a_cosi
 
 
 @pytest.mark.parametrize("learned_below, wanted", [(100.0, 1), (0.0, 3)])
-def test_a_pretraining_that_stalls_gets_another_round_and_no_more_than_three(monkeypatch, learned_below, wanted):
+def test_a_pretraining_that_stalls_gets_another_round_at_most_three_in_all(monkeypatch, learned_below, wanted):
     rounds = []
     monkeypatch.setitem(model.PRETRAINING, "steps", 2)
     monkeypatch.setitem(model.PRETRAINING, "learned_below", learned_below)
-    gpt = pretrain(SMALL, torch.randint(31, (2000,)), STARTS, 0, "cpu", lambda steps: rounds.append(steps) or steps)
+    text = torch.randint(31, (2000,))
+    gpt = pretrain(SMALL, text, STARTS, 0, "cpu", progress=lambda steps: rounds.append(steps) or steps)
     assert rounds == [range(2)] * wanted
     assert all(p.grad is None for p in gpt.parameters())
 
 
 def test_the_first_step_of_pretraining_takes_the_first_rate_of_the_warm_up(monkeypatch):
-    """Adam's first step moves a weight by the whole rate, whatever its gradient, beside what the decay takes."""
+    """Adam's first step moves a weight by the whole rate, whatever its gradient; the decay comes on top."""
     monkeypatch.setitem(model.PRETRAINING, "steps", 1)
     monkeypatch.setitem(model.PRETRAINING, "max_rounds", 1)
     torch.manual_seed(5)
@@ -194,7 +196,7 @@ def test_the_first_step_of_pretraining_takes_the_first_rate_of_the_warm_up(monke
     after = pretrain(SMALL, torch.randint(31, (2000,)), STARTS, 5, "cpu").wpe.weight
     rate = 4e-3 / 50
     moved = (after - before * (1 - 0.01 * rate)).abs().max().item()
-    assert moved == pytest.approx(rate, rel=1e-3)                      # float32, and the 1e-8 in Adam's denominator
+    assert moved == pytest.approx(rate, rel=1e-3)                      # in float32, with Adam's 1e-8 added
 
 
 def test_pretraining_reads_windows_from_where_a_document_begins_and_learns_the_next_tokens(monkeypatch):
@@ -204,6 +206,7 @@ def test_pretraining_reads_windows_from_where_a_document_begins_and_learns_the_n
     forward = GPT.forward
     monkeypatch.setattr(GPT, "forward", lambda gpt, tokens: read.append(tokens) or forward(gpt, tokens))
     config = GPTConfig(vocab_size=10, n_positions=8, n_embd=16, n_layer=1, n_head=2, initializer_range=0.1)
-    gpt = pretrain(config, torch.arange(10).repeat(200), STARTS, 0, "cpu")             # every document is 0, 1, ... 9
+    text = torch.arange(10).repeat(200)                                # every document is 0, 1, ... 9
+    gpt = pretrain(config, text, STARTS, 0, "cpu")
     assert torch.equal(torch.cat(read), torch.arange(4).expand(30 * 8, 4))
     assert gpt(torch.arange(4)[None])[0].argmax(dim=-1).tolist() == [1, 2, 3, 4]
