@@ -109,7 +109,7 @@ def document(rng: random.Random, avoid: set[str]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Tasks. To add your own, add one entry to TASKS.
+# Tasks. To add your own, add one entry to TASKS and name the folder of its files with --data.
 
 Row = tuple[dict[str, str], int]         # the fields of one example by name, and the index of its label
 
@@ -121,15 +121,12 @@ class Task:
     folder: str                          # DIR/folder/train.tsv and dev.tsv hold the files of `--data DIR`
     fields: dict[str, str]               # name in the template -> column of the text, by header name
     template: str                        # ends where the label word comes next
-    label_words: dict[str, str]          # label as the file spells it -> its word, one token with its leading space
+    label_words: dict[str, str]          # label in the file -> its word, one token with its leading space
     label_names: tuple[str, ...]         # for people, in the order of label_words
     label_field: str = "label"           # column of the label, by header name
     dev_splits: tuple[str, ...] = ("dev",)          # names of the files to score on, without .tsv
     metrics: tuple[str, ...] = ("accuracy",)
     skip_short_rows: bool = False        # a row with too few columns is left out and counted, not an error
-    url: str | None = None               # a zip with folder/train.tsv in it; for MRPC the training file itself
-    sha256: str | None = None            # of what is at url
-    dev_ids: tuple[str, str] | None = None          # MRPC: url and sha256 of the list of training rows that are dev
     sample: Callable[[], tuple[list[Row], list[Row]]] | None = None      # built-in train and dev rows
 
 
@@ -161,10 +158,8 @@ def rte_sample(n_train: int = 4000, n_dev: int = 872, seed: int = 0) -> tuple[li
     return examples[n_dev:], examples[:n_dev]
 
 
-# GLUE's tasks. A GPT predicts what comes last, so the label word ends every template. The released code prompts a masked
-# model (utils/data_processors.py @6a119e3): pairs as "{a} ? <mask> , {b}", with the same No, Yes and Maybe.
-# The checksums are those that the Hugging Face datasets library recorded (datasets/glue/dataset_infos.json @040102f).
-GLUE = "https://dl.fbaipublicfiles.com/glue/data/"
+# GLUE's tasks. A GPT predicts what comes last, so the label word ends every template. The released code prompts
+# a masked model (utils/data_processors.py @6a119e3): pairs as "{a} ? <mask> , {b}", with the same No, Yes and Maybe.
 PAIR = "{a} ? {b} . Answer:"
 NO_YES = {"not_entailment": " No", "entailment": " Yes"}
 TASKS = {
@@ -174,34 +169,49 @@ TASKS = {
         template="{sentence} . It was",
         label_words={"0": " terrible", "1": " great"},
         label_names=("negative", "positive"),
-        url=GLUE + "SST-2.zip", sha256="d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa",
         sample=sst2_sample,
     ),
     "mnli": Task(
-        "MNLI", {"a": "sentence1", "b": "sentence2"}, PAIR,
-        {"contradiction": " No", "neutral": " Maybe", "entailment": " Yes"}, ("contradiction", "neutral", "entailment"),
-        label_field="gold_label", dev_splits=("dev_matched", "dev_mismatched"),
-        url=GLUE + "MNLI.zip", sha256="e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633",
+        folder="MNLI",
+        fields={"a": "sentence1", "b": "sentence2"},
+        template=PAIR,
+        label_words={"contradiction": " No", "neutral": " Maybe", "entailment": " Yes"},
+        label_names=("contradiction", "neutral", "entailment"),
+        label_field="gold_label",
+        dev_splits=("dev_matched", "dev_mismatched"),
     ),
     "mrpc": Task(
-        "MRPC", {"a": "#1 String", "b": "#2 String"}, PAIR, {"0": " No", "1": " Yes"}, ("different", "paraphrase"),
-        label_field="Quality", metrics=("accuracy", "f1"),
-        url="https://dl.fbaipublicfiles.com/senteval/senteval_data/msr_paraphrase_train.txt",
-        sha256="60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89",
-        dev_ids=(GLUE + "mrpc_dev_ids.tsv", "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7"),
+        folder="MRPC",
+        fields={"a": "#1 String", "b": "#2 String"},
+        template=PAIR,
+        label_words={"0": " No", "1": " Yes"},
+        label_names=("different", "paraphrase"),
+        label_field="Quality",
+        metrics=("accuracy", "f1"),
     ),
     "qnli": Task(
-        "QNLI", {"a": "question", "b": "sentence"}, PAIR, NO_YES, ("not answered", "answered"),
-        url=GLUE + "QNLIv2.zip", sha256="e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5",
+        folder="QNLI",
+        fields={"a": "question", "b": "sentence"},
+        template=PAIR,
+        label_words=NO_YES,
+        label_names=("not answered", "answered"),
     ),
     "qqp": Task(
-        "QQP", {"a": "question1", "b": "question2"}, "{a} {b} Answer:", {"0": " No", "1": " Yes"},
-        ("different", "duplicate"), label_field="is_duplicate", metrics=("accuracy", "f1"), skip_short_rows=True,
-        url=GLUE + "QQP-clean.zip", sha256="40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0",
+        folder="QQP",
+        fields={"a": "question1", "b": "question2"},
+        template="{a} {b} Answer:",
+        label_words={"0": " No", "1": " Yes"},
+        label_names=("different", "duplicate"),
+        label_field="is_duplicate",
+        metrics=("accuracy", "f1"),
+        skip_short_rows=True,
     ),
     "rte": Task(
-        "RTE", {"a": "sentence1", "b": "sentence2"}, PAIR, NO_YES, ("not entailment", "entailment"),
-        url=GLUE + "RTE.zip", sha256="6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee",
+        folder="RTE",
+        fields={"a": "sentence1", "b": "sentence2"},
+        template=PAIR,
+        label_words=NO_YES,
+        label_names=("not entailment", "entailment"),
         sample=rte_sample,
     ),
 }
@@ -345,20 +355,21 @@ def load_task(name: str, data_dir: str | None, max_train: int | None = None, *, 
     The files of data_dir/folder if there is a data_dir; else the built-in sample with `sample=True`; else GLUE's files,
     downloaded into cache_dir/GLUE at first use. Dev is for scoring and nothing else. Raises ValueError or OSError.
     """
-    task = TASKS[name]
+    task, published = TASKS[name], SOURCES.get(name)
     folder = (Path(cache_dir, "GLUE") if data_dir is None else Path(data_dir)) / task.folder
     if data_dir is None and sample:
         if task.sample is None:
             have = ", ".join(name for name, task in TASKS.items() if task.sample)
-            raise ValueError(f"task {name} has no built-in sample (only {have}): use a real model, or name a folder that "
-                             f"holds {task.folder}/ with --data DIR, for instance from {task.url or 'your own files'}")
+            get = f": {published.url} has its files" if published else ""
+            raise ValueError(f"task {name} has no built-in sample (only {have}): use a real model, "
+                             f"or name a folder that holds {task.folder}/ with --data DIR{get}")
         train, dev_rows = task.sample()
         dev, source = {"dev": dev_rows}, "built-in sample, not GLUE"
     else:
         source = str(folder)
         if data_dir is None:
-            fetch(task, folder)
-            source = task.url
+            fetch(name, folder)
+            source = published.url
         train, dev, skipped = read_folder(folder, task)
         source += f", {skipped} incomplete rows skipped" if skipped else ""
     if max_train is not None and max_train < len(train):
@@ -368,24 +379,28 @@ def load_task(name: str, data_dir: str | None, max_train: int | None = None, *, 
 
 def read_folder(folder: Path, task: Task) -> tuple[list[Row], dict[str, list[Row]], int]:
     """(training rows, dev rows by split, number of rows skipped) of one task's files."""
-    if task.dev_ids is None or (folder / "train.tsv").exists():
-        splits = {split: read_tsv(folder / f"{split}.tsv", task) for split in ("train", *task.dev_splits)}
-        skipped = sum(number for _, number in splits.values())
-        return splits["train"][0], {split: splits[split][0] for split in task.dev_splits}, skipped
-    # MRPC as it is published: GLUE takes the rows whose two ids are listed out of the training file, and calls them dev.
-    path = folder / "dev_ids.tsv"
-    with_ids = replace(task, fields=task.fields | {"id1": "#1 ID", "id2": "#2 ID"})
-    rows, skipped = read_tsv(folder / "msr_paraphrase_train.txt", with_ids)
+    if (folder / MRPC_ROWS).exists() and not (folder / "train.tsv").exists():
+        return read_published_mrpc(folder, task)
+    splits = {split: read_tsv(folder / f"{split}.tsv", task) for split in ("train", *task.dev_splits)}
+    skipped = sum(number for _, number in splits.values())
+    return splits["train"][0], {split: splits[split][0] for split in task.dev_splits}, skipped
+
+
+def read_published_mrpc(folder: Path, task: Task) -> tuple[list[Row], dict[str, list[Row]], int]:
+    """MRPC before GLUE: one file, and GLUE's list of the rows in it, by their two ids, that it calls dev."""
+    path, url = folder / MRPC_DEV_IDS, SOURCES["mrpc"].dev_ids.url
     if not path.is_file():
-        raise ValueError(f"{path} not found: it says which rows are dev; get it from {task.dev_ids[0]}")
+        raise ValueError(f"{path} not found: it says which rows are dev; get it from {url}")
     listed = {tuple(line.split()) for line in path.read_text("utf-8-sig").splitlines()}
+    with_ids = replace(task, fields=task.fields | {"id1": "#1 ID", "id2": "#2 ID"})
+    rows, skipped = read_tsv(folder / MRPC_ROWS, with_ids)
     train, dev = [], []
     for fields, label in rows:
         ids = fields.pop("id1"), fields.pop("id2")
         (dev if ids in listed else train).append((fields, label))
     if not train or not dev:
         raise ValueError(f"{path}: {len(dev)} of {len(rows)} rows are listed, so one split is empty: "
-                         f"it needs two ids on a line, as {task.dev_ids[0]} has them")
+                         f"it needs two ids on a line, as {url} has them")
     return train, {"dev": dev}, skipped
 
 
@@ -431,21 +446,43 @@ def read_tsv(path: Path, task: Task) -> tuple[list[Row], int]:
 # ---------------------------------------------------------------------------------------------------------------
 # Downloading
 
+
+@dataclass(frozen=True)
+class Source:
+    url: str                             # a zip with FOLDER/train.tsv in it; for MRPC the rows themselves
+    sha256: str
+    dev_ids: "Source | None" = None      # MRPC's list of the rows that are dev
+
+
+# The checksums are those that the Hugging Face datasets library recorded (datasets/glue/dataset_infos.json @040102f).
+GLUE, MRPC = "https://dl.fbaipublicfiles.com/glue/data/", "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
+MRPC_ROWS, MRPC_DEV_IDS = "msr_paraphrase_train.txt", "dev_ids.tsv"
+SOURCES = {
+    "sst2": Source(GLUE + "SST-2.zip", "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa"),
+    "mnli": Source(GLUE + "MNLI.zip", "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633"),
+    "mrpc": Source(MRPC + MRPC_ROWS, "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89", Source(
+        GLUE + "mrpc_dev_ids.tsv", "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7")),
+    "qnli": Source(GLUE + "QNLIv2.zip", "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5"),
+    "qqp": Source(GLUE + "QQP-clean.zip", "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0"),
+    "rte": Source(GLUE + "RTE.zip", "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee"),
+}
 ATTEMPTS, PAUSE, TIMEOUT = 4, 1.0, 30.0  # tries, seconds between them, seconds without a byte until one is given up
 
 
-def fetch(task: Task, folder: Path) -> None:
-    """Download a GLUE task's files into `folder`, unless they are there. Raises ValueError with one line."""
-    if task.url is None:
-        raise ValueError(f"{task.folder} has nowhere to be downloaded from: name the folder that holds it with --data DIR")
+def fetch(name: str, folder: Path) -> None:
+    """Download a task's files into `folder`, unless they are there. Raises ValueError with one line."""
+    task, source = TASKS[name], SOURCES.get(name)
+    if source is None:
+        raise ValueError(f"{name} has nowhere to be downloaded from: "
+                         f"name the folder that holds {task.folder}/ with --data DIR")
     try:
-        if task.dev_ids:
-            download(task.url, folder / "msr_paraphrase_train.txt", task.sha256)
-            download(task.dev_ids[0], folder / "dev_ids.tsv", task.dev_ids[1])
+        if source.dev_ids:
+            download(source.url, folder / MRPC_ROWS, source.sha256)
+            download(source.dev_ids.url, folder / MRPC_DEV_IDS, source.dev_ids.sha256)
             return
         for path in (folder / f"{split}.tsv" for split in ("train", *task.dev_splits)):
             if not path.exists():
-                archive = download(task.url, folder / Path(task.url).name, task.sha256)
+                archive = download(source.url, folder / Path(source.url).name, source.sha256)
                 extract(archive, f"{task.folder}/{path.name}", path)
     except (ValueError, OSError) as error:
         raise ValueError(f"{error}, or name a folder of GLUE files with --data DIR") from None

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -178,6 +178,12 @@ def test_ones_own_task_is_one_table_entry(tmp_path, monkeypatch):
     train, dev, source = data.load_task("weather", str(tmp_path))
     assert train == dev["dev"] == [({"text": "a warm day"}, 1), ({"text": "a stale day"}, 0)]
     assert source == str(tmp_path / "weather")
+
+
+def test_a_task_is_stored_with_an_adapter_as_plain_values(tmp_path):
+    for task in data.TASKS.values():
+        data.save_file(tmp_path / "adapter.pt", asdict(task) | {"sample": None})      # a function is no plain value
+        assert data.Task(**data.load_file(tmp_path / "adapter.pt")) == replace(task, sample=None)
 
 
 def test_max_train_draws_rows_and_does_not_take_the_first():

@@ -225,11 +225,11 @@ def glue_zip(members):
 def test_a_task_is_downloaded_once_and_read(server, tmp_path, monkeypatch):
     content = glue_zip({"RTE/train.tsv": TSV, "RTE/dev.tsv": TSV, "RTE/test.tsv": "hidden"})
     server.plans["/RTE.zip"] = [content]
-    task = replace(data.TASKS["rte"], url=f"{server.url}/RTE.zip", sha256=hashlib.sha256(content).hexdigest())
-    monkeypatch.setitem(data.TASKS, "rte", task)
+    source = data.Source(f"{server.url}/RTE.zip", hashlib.sha256(content).hexdigest())
+    monkeypatch.setitem(data.SOURCES, "rte", source)
     for _ in range(2):
-        train, dev, source = data.load_task("rte", None, cache_dir=tmp_path)
-        assert train == dev["dev"] == [({"a": "It pours .", "b": "It rains ."}, 1)] and source == task.url
+        train, dev, said = data.load_task("rte", None, cache_dir=tmp_path)
+        assert train == dev["dev"] == [({"a": "It pours .", "b": "It rains ."}, 1)] and said == source.url
         (tmp_path / "GLUE" / "RTE" / "RTE.zip").unlink(missing_ok=True)          # not needed any more
     assert len(server.requests) == 1
     assert sorted(path.name for path in (tmp_path / "GLUE" / "RTE").iterdir()) == ["dev.tsv", "train.tsv"]
@@ -237,22 +237,26 @@ def test_a_task_is_downloaded_once_and_read(server, tmp_path, monkeypatch):
 
 def test_mrpc_is_downloaded_as_it_is_published(server, tmp_path, monkeypatch):
     header = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
-    server.plans |= {"/train.txt": [f"{header}1\t1\t2\tA .\tB .\n0\t3\t4\tC .\tD .\n".encode()], "/ids": [b"3\t4\n"]}
-    monkeypatch.setitem(data.TASKS, "mrpc", replace(data.TASKS["mrpc"], url=f"{server.url}/train.txt", sha256=None,
-                                                    dev_ids=(f"{server.url}/ids", None)))
+    rows, ids = f"{header}1\t1\t2\tA .\tB .\n0\t3\t4\tC .\tD .\n".encode(), b"3\t4\n"
+    server.plans |= {"/train.txt": [rows], "/ids": [ids]}
+    listed = data.Source(f"{server.url}/ids", hashlib.sha256(ids).hexdigest())
+    monkeypatch.setitem(data.SOURCES, "mrpc", data.Source(
+        f"{server.url}/train.txt", hashlib.sha256(rows).hexdigest(), dev_ids=listed))
     train, dev, _ = data.load_task("mrpc", None, cache_dir=tmp_path)
     assert train == [({"a": "A .", "b": "B ."}, 1)] and dev == {"dev": [({"a": "C .", "b": "D ."}, 0)]}
 
 
 def test_a_download_that_fails_points_to_files_of_ones_own(server, tmp_path, monkeypatch):
-    monkeypatch.setitem(data.TASKS, "rte", replace(data.TASKS["rte"], url=f"{server.url}/RTE.zip"))
+    monkeypatch.setitem(data.SOURCES, "rte", data.Source(f"{server.url}/RTE.zip", SHA256))
     (tmp_path / "GLUE" / "RTE").mkdir(parents=True)
     refused(tmp_path, f"{server.url}/RTE.zip: HTTP Error 404.* --data DIR", data.load_task, "rte", None, cache_dir=tmp_path)
-    monkeypatch.setitem(data.TASKS, "mine", replace(data.TASKS["rte"], folder="mine", url=None))
-    refused(tmp_path, "nowhere to be downloaded from: .* --data DIR", data.load_task, "mine", None, cache_dir=tmp_path)
+    monkeypatch.setitem(data.TASKS, "mine", replace(data.TASKS["rte"], folder="here"))
+    refused(tmp_path, "mine has nowhere to be downloaded from: .*here/ with --data DIR",
+            data.load_task, "mine", None, cache_dir=tmp_path)
 
 
-def test_every_glue_task_has_an_https_url_and_a_checksum():
-    for task in data.TASKS.values():
-        for url, sha256 in [(task.url, task.sha256), *([task.dev_ids] if task.dev_ids else [])]:
-            assert url.startswith("https://dl.fbaipublicfiles.com/") and re.fullmatch("[0-9a-f]{64}", sha256)
+def test_every_source_is_a_tasks_and_has_an_https_url_and_a_checksum():
+    assert data.SOURCES.keys() == data.TASKS.keys()
+    for source in [*data.SOURCES.values(), data.SOURCES["mrpc"].dev_ids]:
+        assert source.url.startswith("https://dl.fbaipublicfiles.com/")
+        assert re.fullmatch("[0-9a-f]{64}", source.sha256)
