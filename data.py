@@ -20,6 +20,7 @@ import random
 import re
 import secrets
 import shutil
+import ssl
 import time
 import zipfile
 import zlib
@@ -31,7 +32,7 @@ from functools import cache
 from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO
-from urllib.error import HTTPError
+from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 import tiktoken
@@ -349,11 +350,13 @@ def f1(predictions: Tensor, labels: Tensor) -> float:
 
 
 def load_task(name: str, data_dir: str | None, max_train: int | None = None, *, sample: bool = False,
-              cache_dir: str | Path = ".cache") -> tuple[list[Row], dict[str, list[Row]], str]:
+              cache_dir: str | Path = ".cache",
+              quiet: bool = False) -> tuple[list[Row], dict[str, list[Row]], str]:
     """(training rows, rows of each dev split by its name, a line that says which data it is).
 
     The files of data_dir/folder if there is a data_dir; else the built-in sample with `sample=True`; else GLUE's files,
-    downloaded into cache_dir/GLUE at first use. Dev is for scoring and nothing else. Raises ValueError or OSError.
+    downloaded into cache_dir/GLUE at first use (`quiet`: without a progress bar). Dev is for scoring and nothing else.
+    Raises ValueError or OSError.
     """
     task, published = TASKS[name], SOURCES.get(name)
     folder = (Path(cache_dir, "GLUE") if data_dir is None else Path(data_dir)) / task.folder
@@ -368,7 +371,7 @@ def load_task(name: str, data_dir: str | None, max_train: int | None = None, *, 
     else:
         source = str(folder)
         if data_dir is None:
-            fetch(name, folder)
+            fetch(name, folder, quiet)
             source = published.url
         train, dev, skipped = read_folder(folder, task)
         source += f", {skipped} incomplete rows skipped" if skipped else ""
@@ -466,10 +469,11 @@ SOURCES = {
     "qqp": Source(GLUE + "QQP-clean.zip", "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0"),
     "rte": Source(GLUE + "RTE.zip", "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee"),
 }
-ATTEMPTS, PAUSE, TIMEOUT = 4, 1.0, 30.0  # tries, seconds between them, seconds without a byte until one is given up
+PAUSE, TIMEOUT = 1.0, 30.0               # seconds: before the second try; without a byte until a try is given up
+BROKEN = (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError)      # all but what the disk raises
 
 
-def fetch(name: str, folder: Path) -> None:
+def fetch(name: str, folder: Path, quiet: bool) -> None:
     """Download a task's files into `folder`, unless they are there. Raises ValueError with one line."""
     task, source = TASKS[name], SOURCES.get(name)
     if source is None:
@@ -477,81 +481,73 @@ def fetch(name: str, folder: Path) -> None:
                          f"name the folder that holds {task.folder}/ with --data DIR")
     try:
         if source.dev_ids:
-            download(source.url, folder / MRPC_ROWS, source.sha256)
-            download(source.dev_ids.url, folder / MRPC_DEV_IDS, source.dev_ids.sha256)
+            download(source.url, folder / MRPC_ROWS, source.sha256, quiet)
+            download(source.dev_ids.url, folder / MRPC_DEV_IDS, source.dev_ids.sha256, quiet)
             return
-        for path in (folder / f"{split}.tsv" for split in ("train", *task.dev_splits)):
-            if not path.exists():
-                archive = download(source.url, folder / Path(source.url).name, source.sha256)
-                extract(archive, f"{task.folder}/{path.name}", path)
+        paths = [folder / f"{split}.tsv" for split in ("train", *task.dev_splits)]
+        if missing := [path for path in paths if not path.exists()]:
+            extract(download(source.url, folder / Path(source.url).name, source.sha256, quiet), task.folder, missing)
     except (ValueError, OSError) as error:
         raise ValueError(f"{error}, or name a folder of GLUE files with --data DIR") from None
 
 
-def download(url: str, path: Path, sha256: str | None = None, size: int | None = None) -> Path:
-    """Fetch `url` to `path`, unless that exists; resumes when the connection breaks. Returns `path`.
+def extract(archive: Path, inside: str, paths: list[Path]) -> None:
+    """Write the members inside/NAME of a zip to the `paths` of these names; no other name in it is ever used.
+
+    The zip stays: another process may be reading it.
+    """
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            for path in paths:
+                with opened.open(f"{inside}/{path.name}") as member, whole(path, str(archive)) as file:
+                    shutil.copyfileobj(member, file)
+    except (KeyError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+        raise ValueError(f"{archive} cannot be read ({error}): delete it and try again") from None
+
+
+def download(url: str, path: Path, sha256: str | None = None, quiet: bool = False) -> Path:
+    """Fetch `url` to `path`, unless that exists; a connection that breaks is taken up once more. Returns `path`.
 
     Raises ValueError or OSError: one line with the url, what happened and what to do.
     """
     if path.exists():
         return path
+
+    def failed(problem: object) -> ValueError:
+        return ValueError(f"{url}: {problem}: try again, or save the file as {path} yourself")
+
     with whole(path, url) as file:
-        for attempt in range(ATTEMPTS):
-            time.sleep(PAUSE if attempt else 0)
-            problem, may_pass = receive(url, file)
-            if not may_pass:
+        for last_try in (False, True):
+            try:
+                receive(url, file, quiet)
                 break
-        if not problem and size not in (None, file.tell()):
-            problem = f"{file.tell():,} bytes instead of {size:,}"
-        if not problem and sha256 is not None:
-            file.seek(0)
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-            problem = "" if found == sha256 else f"wrong content, its sha256 is {found} instead of {sha256}"
-        if problem:
-            raise ValueError(f"{url}: {problem}: try again, or save the file as {path} yourself")
+            except BROKEN as error:
+                if last_try or isinstance(error, HTTPError) and error.code < 500:      # "not found" does not pass
+                    reason = f"no connection ({error.reason})" if type(error) is URLError else error
+                    raise failed(reason) from None
+                time.sleep(PAUSE)
+        file.seek(0)
+        if sha256 and (found := hashlib.file_digest(file, "sha256").hexdigest()) != sha256:
+            raise failed(f"wrong content, its sha256 is {found} instead of {sha256}")
     return path
 
 
-def receive(url: str, file: BinaryIO) -> tuple[str, bool]:
-    """Append to `file` what it lacks of `url` -> (what went wrong if anything, whether that may pass)."""
+def receive(url: str, file: BinaryIO, quiet: bool) -> None:
+    """Append to `file` what it lacks of `url`: everything, or the rest if an earlier try broke off."""
     start = file.tell()
     request = Request(url, headers={"Range": f"bytes={start}-"} if start else {})
-    try:
-        response = urlopen(request, timeout=TIMEOUT)
-    except HTTPError as error:
-        return str(error), error.code >= 500
-    except (OSError, HTTPException) as error:
-        return str(error) or type(error).__name__, True
-    if response.status != 206:                                         # the server sends the whole file again
-        start = file.seek(0)
-        file.truncate()
-    length = response.headers["Content-Length"]
-    total = start + int(length) if length else None
-    progress = tqdm(desc=Path(url).name, initial=start, total=total, unit="B", unit_scale=True, disable=None)
-    with response, progress:
-        while True:
-            try:
-                chunk = response.read(1 << 16)
-            except (OSError, HTTPException) as error:                  # of the network: what write raises is of the disk
-                return str(error) or type(error).__name__, True
-            if not chunk:
-                break
-            file.write(chunk)
-            progress.update(len(chunk))
-    if total is not None and file.tell() < total:
-        return f"broken off after {file.tell():,} of {total:,} bytes", True
-    return "", False
-
-
-def extract(archive: Path, member: str, path: Path) -> None:
-    """Write one member of a zip to `path`. No name inside the archive is ever used as a path."""
-    try:
-        with zipfile.ZipFile(archive) as opened, opened.open(member) as source, whole(path, str(archive)) as file:
-            shutil.copyfileobj(source, file)
-    except KeyError:
-        raise ValueError(f"{archive} holds no {member}: delete it and try again") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{archive} cannot be read as a zip archive ({error}): delete it and try again") from None
+    with urlopen(request, timeout=TIMEOUT) as response:
+        if response.status != 206:                                     # the server sends the whole file again
+            start = file.seek(0)
+            file.truncate()
+        total = None if response.length is None else start + response.length
+        with tqdm(desc=Path(url).name, initial=start, total=total, unit="B", unit_scale=True,
+                  disable=True if quiet else None) as progress:
+            while chunk := response.read(1 << 16):
+                file.write(chunk)
+                progress.update(len(chunk))
+    if total is not None and file.tell() < total:                      # read does not complain
+        raise ConnectionError(f"broken off after {file.tell():,} of {total:,} bytes")
 
 
 @contextmanager
