@@ -469,6 +469,11 @@ SOURCES = {
     "qqp": Source(GLUE + "QQP-clean.zip", "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0"),
     "rte": Source(GLUE + "RTE.zip", "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee"),
 }
+# Names under HUGGING_FACE, and the sha256 of model.safetensors where public files state one.
+GPT2_MODELS = {"gpt2": "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
+               "gpt2-medium": None, "gpt2-large": None, "gpt2-xl": None}
+HUGGING_FACE = "https://huggingface.co/openai-community/"
+
 PAUSE, TIMEOUT = 1.0, 30.0               # seconds: before the second try; without a byte until a try is given up
 BROKEN = (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError)      # all but what the disk raises
 
@@ -503,6 +508,16 @@ def extract(archive: Path, inside: str, paths: list[Path]) -> None:
                     shutil.copyfileobj(member, file)
     except (KeyError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise ValueError(f"{archive} cannot be read ({error}): delete it and try again") from None
+
+
+def gpt2_folder(name: str, cache_dir: str | Path, quiet: bool = False) -> Path:
+    """cache_dir/NAME, with the config.json and model.safetensors of one of GPT2_MODELS: downloaded at first use."""
+    if name not in GPT2_MODELS:
+        raise ValueError(f"{name} cannot be downloaded, only {', '.join(GPT2_MODELS)}")
+    folder, url = Path(cache_dir, name), f"{HUGGING_FACE}{name}/resolve/main/"
+    download(url + "config.json", folder / "config.json", quiet=quiet)
+    download(url + "model.safetensors", folder / "model.safetensors", GPT2_MODELS[name], quiet)
+    return folder
 
 
 def download(url: str, path: Path, sha256: str | None = None, quiet: bool = False) -> Path:

@@ -278,3 +278,31 @@ def test_every_source_is_a_tasks_and_has_an_https_url_and_a_checksum():
     for source in [*data.SOURCES.values(), data.SOURCES["mrpc"].dev_ids]:
         assert source.url.startswith("https://dl.fbaipublicfiles.com/")
         assert re.fullmatch("[0-9a-f]{64}", source.sha256)
+
+
+# --- GPT-2 -----------------------------------------------------------------------------------------------------
+
+
+def test_a_gpt2_is_two_files_in_a_folder_of_its_name(server, tmp_path, monkeypatch):
+    place = "/gpt2/resolve/main"
+    server.plans |= {f"{place}/config.json": [b"{}"], f"{place}/model.safetensors": [CONTENT]}
+    monkeypatch.setattr(data, "HUGGING_FACE", f"{server.url}/")
+    monkeypatch.setitem(data.GPT2_MODELS, "gpt2", SHA256)
+    for _ in range(2):
+        folder = data.gpt2_folder("gpt2", tmp_path)
+        assert folder == tmp_path / "gpt2" and {path.name: path.read_bytes() for path in folder.iterdir()} == {
+            "config.json": b"{}", "model.safetensors": CONTENT}
+    assert len(server.requests) == 2
+
+
+def test_other_weights_than_the_published_ones_are_refused(server, tmp_path, monkeypatch):
+    server.plans |= {"/gpt2/resolve/main/config.json": [b"{}"], "/gpt2/resolve/main/model.safetensors": [CONTENT]}
+    monkeypatch.setattr(data, "HUGGING_FACE", f"{server.url}/")
+    data.download(f"{server.url}/gpt2/resolve/main/config.json", tmp_path / "gpt2" / "config.json")
+    refused(tmp_path, "gpt2/resolve/main/model.safetensors: wrong content", data.gpt2_folder, "gpt2", tmp_path)
+
+
+def test_a_name_that_is_not_published_is_refused(tmp_path):
+    refused(tmp_path, "gpt5 cannot be downloaded, only gpt2, gpt2-medium", data.gpt2_folder, "gpt5", tmp_path)
+    assert data.HUGGING_FACE.startswith("https://huggingface.co/")
+    assert all(sha256 is None or re.fullmatch("[0-9a-f]{64}", sha256) for sha256 in data.GPT2_MODELS.values())
