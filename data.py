@@ -12,6 +12,7 @@ So a model pre-trained on the first kind knows which words are good and bad, and
 Negations and intensifiers are equally new to it: "I have not seen this word" does not yet mean "turn the meaning round".
 """
 
+import codecs
 import hashlib
 import io
 import json
@@ -394,7 +395,7 @@ def read_published_mrpc(folder: Path, task: Task) -> tuple[list[Row], dict[str, 
     path, url = folder / MRPC_DEV_IDS, SOURCES["mrpc"].dev_ids.url
     if not path.is_file():
         raise ValueError(f"{path} not found: it says which rows are dev; get it from {url}")
-    listed = {tuple(line.split()) for line in path.read_text("utf-8-sig").splitlines()}
+    listed = {tuple(line.split()) for line in path.read_text("utf-8-sig", errors="replace").splitlines()}
     with_ids = replace(task, fields=task.fields | {"id1": "#1 ID", "id2": "#2 ID"})
     rows, skipped = read_tsv(folder / MRPC_ROWS, with_ids)
     train, dev = [], []
@@ -415,35 +416,48 @@ def read_tsv(path: Path, task: Task) -> tuple[list[Row], int]:
     if not path.is_file():
         raise ValueError(f"{path} not found: --data names the folder that holds {task.folder}/train.tsv and "
                          + " and ".join(f"{split}.tsv" for split in task.dev_splits))
-    header, rows, skipped = None, [], 0
-    with open(path, "rb") as file:                                     # bytes: only \n ends a line
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                cells = line.decode("utf-8-sig").rstrip("\r\n").split("\t")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}): convert the file") from None
-            if header is None:
-                header = cells
-                for column in (*task.fields.values(), task.label_field):
-                    if column not in header:
-                        raise ValueError(f"{where}: no column {column!r} in the header {header}")
-            elif task.skip_short_rows and len(cells) < len(header):
-                skipped += 1
-            elif len(cells) != len(header):
-                raise ValueError(f"{where}: {len(cells)} columns, the header has {len(header)}: {', '.join(header)}")
-            else:
-                row = dict(zip(header, cells))
-                label = row[task.label_field]
-                if label not in task.label_words:
-                    raise ValueError(f"{where}: label {label!r} is none of {', '.join(task.label_words)}")
-                rows.append(({name: row[column].strip() for name, column in task.fields.items()},
-                             list(task.label_words).index(label)))
+    labels, header, rows, skipped = list(task.label_words), None, [], 0
+    for where, cells in read_lines(path):
+        if header is None:
+            header = cells
+            for column in (*task.fields.values(), task.label_field):
+                if column not in header:
+                    raise ValueError(f"{where}: no column {column!r} in the header {short(header)}")
+        elif task.skip_short_rows and len(cells) < len(header):
+            skipped += 1
+        elif len(cells) != len(header):
+            raise ValueError(f"{where}: {len(cells)} columns, the header has {len(header)}: {short(header)}")
+        else:
+            row = dict(zip(header, cells))
+            label = row[task.label_field]
+            if label not in labels:
+                raise ValueError(f"{where}: label {short(repr(label))} is none of {', '.join(labels)}")
+            fields = {name: row[column].strip() for name, column in task.fields.items()}
+            rows.append((fields, labels.index(label)))
     if not rows:
         raise ValueError(f"{path}: no examples in it, only {'a header' if header else 'an empty file'}")
     return rows, skipped
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """("FILE, line N", its cells) of every line that is not blank."""
+    with open(path, "rb") as file:                                     # bytes: only \n ends a line
+        if file.read(3) != codecs.BOM_UTF8:
+            file.seek(0)
+        for number, line in enumerate(file, start=1):
+            where = f"{path}, line {number}"
+            try:
+                cells = line.decode().rstrip("\r\n").split("\t")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}): convert it") from None
+            if line.strip():
+                yield where, cells
+
+
+def short(text: object) -> str:
+    """What an error line quotes of a file: a damaged file may hold a header or label of a million characters."""
+    text = str(text)
+    return text if len(text) <= 80 else text[:79] + "…"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -507,7 +521,7 @@ def extract(archive: Path, inside: str, paths: list[Path]) -> None:
                 with opened.open(f"{inside}/{path.name}") as member, whole(path, str(archive)) as file:
                     shutil.copyfileobj(member, file)
     except (KeyError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-        raise ValueError(f"{archive} cannot be read ({error}): delete it and try again") from None
+        raise ValueError(f"{archive} cannot be read ({short(error)}): delete it and try again") from None
 
 
 def gpt2_folder(name: str, cache_dir: str | Path, quiet: bool = False) -> Path:
@@ -538,7 +552,7 @@ def download(url: str, path: Path, sha256: str | None = None, quiet: bool = Fals
                 break
             except BROKEN as error:
                 if last_try or isinstance(error, HTTPError) and error.code < 500:      # "not found" does not pass
-                    reason = f"no connection ({error.reason})" if type(error) is URLError else error
+                    reason = f"no connection ({error.reason})" if type(error) is URLError else short(error)
                     raise failed(reason) from None
                 time.sleep(PAUSE)
         file.seek(0)

@@ -154,6 +154,12 @@ def test_a_file_is_read_as_it_is(tmp_path):
     assert skipped == 0 and rows == [({"sentence": '"quoted\u2028 \x0b text "'}, 1), ({"sentence": "bad {braces}"}, 0)]
 
 
+def test_a_byte_order_mark_is_none_of_the_text_at_the_start_of_a_file_alone(tmp_path):
+    content = "\ufeff\nsentence\tlabel\n\ufefffine\t1\nbad \ufeff\t0\n"
+    rows, _ = data.read_tsv(write(tmp_path, content), SST2)
+    assert rows == [({"sentence": "\ufefffine"}, 1), ({"sentence": "bad \ufeff"}, 0)]
+
+
 @pytest.mark.parametrize("content, message", [
     ("", "train.tsv: no examples"),
     ("sentence\tlabel\n", "train.tsv: no examples in it, only a header"),
@@ -166,6 +172,17 @@ def test_a_bad_file_is_refused_with_file_and_line(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as error:
         data.read_tsv(write(tmp_path, content), SST2)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content, quoted", [
+    ("x" * 10**6 + "\tlabel\n", "no column 'sentence' in the header ['xxx"),
+    ("sentence\tlabel\t" + "x" * 10**6 + "\nfine\t1\n", "the header has 3: ['sentence', 'label', 'xxx"),
+    ("sentence\tlabel\nfine\t" + "2\x1b" * 10**6 + "\n", "label '2\\x1b2"),
+])
+def test_an_error_line_quotes_the_start_of_what_is_very_long(tmp_path, content, quoted):
+    with pytest.raises(ValueError, match=re.escape(quoted)) as error:
+        data.read_tsv(write(tmp_path, content), SST2)
+    assert "…" in str(error.value) and len(str(error.value)) < len(str(tmp_path)) + 200
 
 
 def test_ones_own_task_is_one_table_entry(tmp_path, monkeypatch):
@@ -289,9 +306,10 @@ def test_mrpc_as_published_is_split_by_the_listed_pairs_of_ids(tmp_path):
     train, dev, _ = data.load_task("mrpc", str(tmp_path))
     assert train == [({"a": "He left .", "b": "He went ."}, 1), ({"a": "It rains .", "b": "Rain ."}, 1)]
     assert dev == {"dev": [({"a": "He came .", "b": "She left ."}, 0)]}
-    write(folder, "99\t98\n", "dev_ids.tsv")
-    with pytest.raises(ValueError, match="dev_ids.tsv: 0 of 3 rows are listed"):
-        data.load_task("mrpc", str(tmp_path))
+    for content in ("99\t98\n", "11\t10\n".encode("utf-16")):
+        write(folder, content, "dev_ids.tsv")
+        with pytest.raises(ValueError, match="dev_ids.tsv: 0 of 3 rows are listed"):
+            data.load_task("mrpc", str(tmp_path))
 
 
 def test_a_missing_dev_split_is_named(tmp_path):
