@@ -1,22 +1,21 @@
-"""Data: the built-in sample (a small synthetic world of movie reviews), the tokenizers, the tasks, and GLUE's files.
+"""Data: the built-in sample (a small synthetic world of movie reviews), tasks, tokenizers and files.
 
-The sample exists so that everything runs without a download, and so that it is known why a method succeeds or fails.
-Two kinds of text come from the same vocabulary:
+The sample exists so that everything runs without a download, and so that it is known why a method succeeds
+or fails. Two kinds of text come from the same vocabulary:
 
     pre-training text   "the plot is dull and the cast fails . a bland , messy film . It was awful ."
                         documents of one polarity; no negation, no intensifier, no contrast
-    task sentences      "the plot is not dull and the cast always shines"      label 1, positive
-                        "although the music is very warm , the script drags"   label 0: the last clause decides
+    task sentences      "the plot is not dull and the cast always shines"         label 1, positive
+                        "although the music is very warm , the script drags"      label 0, as the last clause
 
-So a model pre-trained on the first kind knows which words are good and bad, and has never read "not", "very" or "but".
-Negations and intensifiers are equally new to it: "I have not seen this word" does not yet mean "turn the meaning round".
+So a model pre-trained on the first kind knows which words are good and bad, and has never read "not", "very"
+or "but". Negations and intensifiers are equally new to it, so that "I have not seen this word" does not yet
+mean "turn the meaning round".
 """
 
-import codecs
 import hashlib
 import io
 import json
-import os
 import random
 import re
 import secrets
@@ -41,18 +40,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # The world: words, clauses, sentences, documents. Polarity is 0 (negative) or 1 (positive).
 
-ASPECTS = ("plot cast script acting music dialogue pacing camera ending direction humor editing story hero villain "
-           "soundtrack").split()
-ADJECTIVES = ("terrible awful dull boring clumsy bland messy tired shallow weak ugly lazy hollow stale tedious".split(),
-              "great wonderful brilliant charming gorgeous witty moving superb delightful clever funny touching warm "
-              "fresh thrilling".split())
-VERBS = ("fails drags disappoints collapses stumbles bores".split(), "shines works delights soars dazzles charms".split())
+ASPECTS = ("plot cast script acting music dialogue pacing camera ending direction humor editing story hero "
+           "villain soundtrack").split()
+ADJECTIVES = ("terrible awful dull boring clumsy bland messy tired shallow weak ugly lazy hollow "
+              "stale tedious".split(),
+              "great wonderful brilliant charming gorgeous witty moving superb delightful clever funny "
+              "touching warm fresh thrilling".split())
+VERBS = ("fails drags disappoints collapses stumbles bores".split(),
+         "shines works delights soars dazzles charms".split())
 NOUNS = "film movie drama comedy".split()
 
-# What stands before an adjective ("is not dull"), a verb ("never fails") or a phrase ("hardly a witty film").
+# What stands before an adjective ("is not dull"), a verb ("never fails"), a phrase ("hardly a witty film").
 PLAIN, NEGATED, INTENSIFIED = range(3)
 BEFORE_ADJECTIVE = ([""], ["not ", "hardly "], ["very ", "truly "])
 BEFORE_VERB = ([""], ["never ", "rarely "], ["always ", "really "])
@@ -64,8 +65,10 @@ def clause(rng: random.Random, polarity: int, manner: int = PLAIN) -> str:
     word_polarity = 1 - polarity if manner == NEGATED else polarity
     aspect = rng.choice(ASPECTS)
     if rng.random() < 0.6:
-        return f"the {aspect} is {rng.choice(BEFORE_ADJECTIVE[manner])}{rng.choice(ADJECTIVES[word_polarity])}"
-    return f"the {aspect} {rng.choice(BEFORE_VERB[manner])}{rng.choice(VERBS[word_polarity])}"
+        adjective = rng.choice(BEFORE_ADJECTIVE[manner]) + rng.choice(ADJECTIVES[word_polarity])
+        return f"the {aspect} is {adjective}"
+    verb = rng.choice(BEFORE_VERB[manner]) + rng.choice(VERBS[word_polarity])
+    return f"the {aspect} {verb}"
 
 
 def phrase(rng: random.Random, polarity: int, manner: int = PLAIN) -> str:
@@ -82,7 +85,7 @@ def plain_sentence(rng: random.Random, polarity: int) -> str:
 
 
 def task_sentence(rng: random.Random, polarity: int) -> str:
-    """A sentence of the shifted domain: about 30 % of its parts are negated, 30 % intensified; 20 % are contrasts."""
+    """A sentence of the shifted domain: 30 % of parts are negated, 30 % intensified; 20 % are contrasts."""
     def manner() -> int:
         return rng.choices((PLAIN, NEGATED, INTENSIFIED), (40, 30, 30))[0]
 
@@ -98,19 +101,19 @@ def task_sentence(rng: random.Random, polarity: int) -> str:
 
 
 def document(rng: random.Random, avoid: set[str]) -> str:
-    """One to three sentences of one polarity, none of them in `avoid`; 70 % of documents end in a verdict."""
+    """One to three sentences of one polarity, none of them in `avoid`; 70 % end in a verdict."""
     polarity = rng.randrange(2)
     sentences, wanted = [], rng.randint(1, 3)
     while len(sentences) < wanted:
         sentence = plain_sentence(rng, polarity)
         if sentence not in avoid:
             sentences.append(sentence)
-    if rng.random() < 0.7:               # without verdicts the language model has little reason to learn polarity
+    if rng.random() < 0.7:               # without verdicts there is little reason to learn polarity
         sentences.append(f"It was {rng.choice(ADJECTIVES[polarity])}")
     return " . ".join(sentences) + " .\n"
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Tasks. To add your own, add one entry to TASKS and name the folder of its files with --data.
 
 Row = tuple[dict[str, str], int]         # the fields of one example by name, and the index of its label
@@ -118,7 +121,7 @@ Row = tuple[dict[str, str], int]         # the fields of one example by name, an
 
 @dataclass(frozen=True)
 class Task:
-    """A classification task as text: the label is the word that the language model puts after the template."""
+    """A classification task as text: the label is the word that the model puts after the template."""
 
     folder: str                          # DIR/folder/train.tsv and dev.tsv hold the files of `--data DIR`
     fields: dict[str, str]               # name in the template -> column of the text, by header name
@@ -126,10 +129,10 @@ class Task:
     label_words: dict[str, str]          # label in the file -> its word, one token with its leading space
     label_names: tuple[str, ...]         # for people, in the order of label_words
     label_field: str = "label"           # column of the label, by header name
-    dev_splits: tuple[str, ...] = ("dev",)          # names of the files to score on, without .tsv
+    dev_splits: tuple[str, ...] = ("dev",)      # names of the files to score on, without .tsv
     metrics: tuple[str, ...] = ("accuracy",)
     skip_short_rows: bool = False        # a row with too few columns is left out and counted, not an error
-    sample: Callable[[], tuple[list[Row], list[Row]]] | None = None      # built-in train and dev rows
+    sample: Callable[[], tuple[list[Row], list[Row]]] | None = None  # built-in train and dev rows
 
 
 @cache
@@ -160,8 +163,8 @@ def rte_sample(n_train: int = 4000, n_dev: int = 872, seed: int = 0) -> tuple[li
     return examples[n_dev:], examples[:n_dev]
 
 
-# GLUE's tasks. A GPT predicts what comes last, so the label word ends every template. The released code prompts
-# a masked model (utils/data_processors.py @6a119e3): pairs as "{a} ? <mask> , {b}", with the same No, Yes and Maybe.
+# GLUE's tasks. A GPT predicts what comes last, so the label word ends every template. The released code
+# prompts a masked model (utils/data_processors.py @6a119e3): pairs as "{a} ? <mask> , {b}", same words.
 PAIR = "{a} ? {b} . Answer:"
 NO_YES = {"not_entailment": " No", "entailment": " Yes"}
 TASKS = {
@@ -174,46 +177,28 @@ TASKS = {
         sample=sst2_sample,
     ),
     "mnli": Task(
-        folder="MNLI",
-        fields={"a": "sentence1", "b": "sentence2"},
-        template=PAIR,
+        folder="MNLI", fields={"a": "sentence1", "b": "sentence2"}, template=PAIR,
         label_words={"contradiction": " No", "neutral": " Maybe", "entailment": " Yes"},
         label_names=("contradiction", "neutral", "entailment"),
-        label_field="gold_label",
-        dev_splits=("dev_matched", "dev_mismatched"),
+        label_field="gold_label", dev_splits=("dev_matched", "dev_mismatched"),
     ),
     "mrpc": Task(
-        folder="MRPC",
-        fields={"a": "#1 String", "b": "#2 String"},
-        template=PAIR,
-        label_words={"0": " No", "1": " Yes"},
-        label_names=("different", "paraphrase"),
-        label_field="Quality",
-        metrics=("accuracy", "f1"),
+        folder="MRPC", fields={"a": "#1 String", "b": "#2 String"}, template=PAIR,
+        label_words={"0": " No", "1": " Yes"}, label_names=("different", "paraphrase"),
+        label_field="Quality", metrics=("accuracy", "f1"),
     ),
     "qnli": Task(
-        folder="QNLI",
-        fields={"a": "question", "b": "sentence"},
-        template=PAIR,
-        label_words=NO_YES,
-        label_names=("not answered", "answered"),
+        folder="QNLI", fields={"a": "question", "b": "sentence"}, template=PAIR,
+        label_words=NO_YES, label_names=("not answered", "answered"),
     ),
     "qqp": Task(
-        folder="QQP",
-        fields={"a": "question1", "b": "question2"},
-        template="{a} {b} Answer:",
-        label_words={"0": " No", "1": " Yes"},
-        label_names=("different", "duplicate"),
-        label_field="is_duplicate",
-        metrics=("accuracy", "f1"),
-        skip_short_rows=True,
+        folder="QQP", fields={"a": "question1", "b": "question2"}, template="{a} {b} Answer:",
+        label_words={"0": " No", "1": " Yes"}, label_names=("different", "duplicate"),
+        label_field="is_duplicate", metrics=("accuracy", "f1"), skip_short_rows=True,
     ),
     "rte": Task(
-        folder="RTE",
-        fields={"a": "sentence1", "b": "sentence2"},
-        template=PAIR,
-        label_words=NO_YES,
-        label_names=("not entailment", "entailment"),
+        folder="RTE", fields={"a": "sentence1", "b": "sentence2"}, template=PAIR,
+        label_words=NO_YES, label_names=("not entailment", "entailment"),
         sample=rte_sample,
     ),
 }
@@ -227,14 +212,14 @@ def pretraining_text(n_documents: int = 20_000, seed: int = 1) -> str:
     return "".join(document(rng, avoid) for _ in range(n_documents))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Tokenizer: byte-level BPE (Sennrich et al. 2016) as GPT-2 has it, learned from the text above.
 
 
 def learn_tokenizer(text: str) -> tiktoken.Encoding:
     """Merge the most frequent pair of tokens until every distinct word of `text` is one token.
 
-    Each distinct word counts once, so the merges are soon over. Words keep the space before them, as GPT-2's do.
+    Each distinct word counts once, so merging is soon over. A word keeps the space before it, as in GPT-2.
     """
     pattern = r" ?\w+| ?[^\s\w]+|\s"
     words = sorted(set(re.findall(pattern, text)))
@@ -253,7 +238,7 @@ def learn_tokenizer(text: str) -> tiktoken.Encoding:
 
 
 def tiny_tokenizer(text: str) -> tiktoken.Encoding:
-    """The sample's tokenizer: from the pre-training text, the tasks' training sentences, templates and label words."""
+    """The sample's tokenizer: of the pre-training text and of what the tasks train on, label words too."""
     filled = [task.template.format(**fields) + "".join(task.label_words.values())
               for task in TASKS.values() if task.sample for fields, _ in task.sample()[0]]
     return learn_tokenizer(text + "\n".join(filled))
@@ -263,21 +248,22 @@ def gpt2_tokenizer() -> tiktoken.Encoding:
     """GPT-2's own tokenizer. tiktoken downloads its two files once; raises ValueError where it cannot."""
     try:
         return tiktoken.get_encoding("gpt2")
-    except (OSError, ValueError) as error:                             # what requests raises is an OSError too
+    except (OSError, ValueError) as error:                             # requests raises an OSError too
         raise ValueError(
-            f"GPT-2's tokenizer cannot be loaded ({type(error).__name__}): without a network, set TIKTOKEN_CACHE_DIR to a "
-            "folder with two files of https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/ under the names "
-            "tiktoken gives them: vocab.bpe as 6d1cbeee0f20b3d9449abfede4726ed8212e3aee "
+            f"GPT-2's tokenizer cannot be loaded ({type(error).__name__}): without a network, set "
+            "TIKTOKEN_CACHE_DIR to a folder with two files of "
+            "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/ under the names tiktoken "
+            "gives them: vocab.bpe as 6d1cbeee0f20b3d9449abfede4726ed8212e3aee "
             "and encoder.json as 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # From rows to tensors
 
 
 @dataclass
 class Encoded:
-    """A split, ready for a model. The real tokens of row i are tokens[i, :lengths[i]]; padding is on the right."""
+    """A split, ready for a model. Row i's text is tokens[i, :lengths[i]]; padding is on the right."""
 
     tokens: Tensor                       # (N, T) int64
     lengths: Tensor                      # (N,)
@@ -289,31 +275,33 @@ class Encoded:
 
     @property
     def ragged(self) -> bool:
-        """Whether the longest text has over twice the mean length: then a batch of random texts is mostly padding."""
+        """Whether the longest text has over twice the mean length: random batches are mostly padding."""
         return bool(self.lengths.max() > 2 * self.lengths.float().mean())
 
     def __getitem__(self, rows: slice) -> "Encoded":
         return replace(self, tokens=self.tokens[rows], lengths=self.lengths[rows], labels=self.labels[rows])
 
     def to(self, device: str) -> "Encoded":
-        return replace(self, tokens=self.tokens.to(device), lengths=self.lengths.to(device), labels=self.labels.to(device))
+        tokens, lengths, labels = (t.to(device) for t in (self.tokens, self.lengths, self.labels))
+        return replace(self, tokens=tokens, lengths=lengths, labels=labels)
 
 
-def encode_text(task: Task, fields: dict[str, str], tokenizer: tiktoken.Encoding, max_length: int) -> tuple[list[int], bool]:
+def encode_text(task: Task, fields: dict[str, str], tokenizer: tiktoken.Encoding,
+                max_length: int) -> tuple[list[int], bool]:
     """Fill the template -> (token ids, whether the text was cut).
 
-    The label word has to follow the template's end, so it is never the template that is cut: the longest field loses
+    The label word has to follow the template's end, so the template is never cut: the longest field loses
     its last tokens. Raises ValueError when not even the bare template fits.
     """
-    parts = re.split(r"( ?\{\w+\})", task.template)                    # literal, field with its space, literal, ...
+    parts = re.split(r"( ?\{\w+\})", task.template)                    # literal, field, literal, field, ...
     pieces = [tokenizer.encode_ordinary(part.format(**fields)) for part in parts]
     excess = sum(map(len, pieces)) - max_length
     for _ in range(excess):
         max(pieces[1::2], key=len)[-1:] = []
     tokens = [token for piece in pieces for token in piece]
     if len(tokens) > max_length or not tokens:
-        raise ValueError(f"template {task.template!r} needs more than the {max_length} tokens the context leaves: "
-                         "lower --num-virtual-tokens")
+        raise ValueError(f"template {task.template!r} needs more than the {max_length} tokens the "
+                         "context leaves: lower --num-virtual-tokens")
     return tokens, excess > 0
 
 
@@ -328,13 +316,13 @@ def encode(task: Task, rows: list[Row], tokenizer: tiktoken.Encoding, max_length
 
 
 def label_tokens(task: Task, tokenizer: tiktoken.Encoding) -> Tensor:
-    """Token ids of the label words, (number of labels,). Raises ValueError for a word that is not one token."""
+    """Token ids of the label words, (number of labels,). Raises ValueError for one that is not one token."""
     ids = []
     for label, word in task.label_words.items():
         tokens = tokenizer.encode_ordinary(word)
         if len(tokens) != 1:
-            raise ValueError(f"label word {word!r} (label {label!r}) is {len(tokens)} tokens, it has to be 1: "
-                             "choose another word, with its leading space")
+            raise ValueError(f"label word {word!r} (label {label!r}) is {len(tokens)} tokens, it has to be "
+                             "1: choose another, with its leading space")
         ids += tokens
     return torch.tensor(ids)
 
@@ -346,21 +334,20 @@ def f1(predictions: Tensor, labels: Tensor) -> float:
     return 2 * hits / named if named else 0.0
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Reading
 
 
 def load_task(name: str, data_dir: str | None, max_train: int | None = None, *, sample: bool = False,
-              cache_dir: str | Path = ".cache",
-              quiet: bool = False) -> tuple[list[Row], dict[str, list[Row]], str]:
+              cache_dir: str | Path = ".cache", quiet: bool = False,
+              ) -> tuple[list[Row], dict[str, list[Row]], str]:
     """(training rows, rows of each dev split by its name, a line that says which data it is).
 
-    The files of data_dir/folder if there is a data_dir; else the built-in sample with `sample=True`; else GLUE's files,
-    downloaded into cache_dir/GLUE at first use (`quiet`: without a progress bar). Dev is for scoring and nothing else.
-    Raises ValueError or OSError.
+    The files of data_dir/folder if there is a data_dir; else the built-in sample with `sample=True`; else
+    GLUE's files, downloaded into cache_dir/GLUE at first use (`quiet`: without a progress bar). Dev is for
+    scoring and nothing else. Raises ValueError or OSError.
     """
     task, published = TASKS[name], SOURCES.get(name)
-    folder = (Path(cache_dir, "GLUE") if data_dir is None else Path(data_dir)) / task.folder
     if data_dir is None and sample:
         if task.sample is None:
             have = ", ".join(name for name, task in TASKS.items() if task.sample)
@@ -370,27 +357,27 @@ def load_task(name: str, data_dir: str | None, max_train: int | None = None, *, 
         train, dev_rows = task.sample()
         dev, source = {"dev": dev_rows}, "built-in sample, not GLUE"
     else:
-        source = str(folder)
+        folder = (Path(cache_dir, "GLUE") if data_dir is None else Path(data_dir)) / task.folder
         if data_dir is None:
             fetch(name, folder, quiet)
-            source = published.url
-        train, dev, skipped = read_folder(folder, task)
+        dev, skipped = read_folder(folder, task)
+        train = dev.pop("train")
+        source = published.url if data_dir is None else str(folder)
         source += f", {skipped} incomplete rows skipped" if skipped else ""
     if max_train is not None and max_train < len(train):
-        train = random.Random(0).sample(train, max_train)              # files may be sorted, so not simply the first
+        train = random.Random(0).sample(train, max_train)              # not the first: files may be sorted
     return train, dev, source
 
 
-def read_folder(folder: Path, task: Task) -> tuple[list[Row], dict[str, list[Row]], int]:
-    """(training rows, dev rows by split, number of rows skipped) of one task's files."""
+def read_folder(folder: Path, task: Task) -> tuple[dict[str, list[Row]], int]:
+    """(rows of "train" and of each dev split, number of rows skipped) of one task's files."""
     if (folder / MRPC_ROWS).exists() and not (folder / "train.tsv").exists():
         return read_published_mrpc(folder, task)
-    splits = {split: read_tsv(folder / f"{split}.tsv", task) for split in ("train", *task.dev_splits)}
-    skipped = sum(number for _, number in splits.values())
-    return splits["train"][0], {split: splits[split][0] for split in task.dev_splits}, skipped
+    files = {split: read_tsv(folder / f"{split}.tsv", task) for split in ("train", *task.dev_splits)}
+    return {split: rows for split, (rows, _) in files.items()}, sum(skipped for _, skipped in files.values())
 
 
-def read_published_mrpc(folder: Path, task: Task) -> tuple[list[Row], dict[str, list[Row]], int]:
+def read_published_mrpc(folder: Path, task: Task) -> tuple[dict[str, list[Row]], int]:
     """MRPC before GLUE: one file, and GLUE's list of the rows in it, by their two ids, that it calls dev."""
     path, url = folder / MRPC_DEV_IDS, SOURCES["mrpc"].dev_ids.url
     if not path.is_file():
@@ -398,18 +385,18 @@ def read_published_mrpc(folder: Path, task: Task) -> tuple[list[Row], dict[str, 
     listed = {tuple(line.split()) for line in path.read_text("utf-8-sig", errors="replace").splitlines()}
     with_ids = replace(task, fields=task.fields | {"id1": "#1 ID", "id2": "#2 ID"})
     rows, skipped = read_tsv(folder / MRPC_ROWS, with_ids)
-    train, dev = [], []
+    splits = {"train": [], "dev": []}
     for fields, label in rows:
         ids = fields.pop("id1"), fields.pop("id2")
-        (dev if ids in listed else train).append((fields, label))
-    if not train or not dev:
-        raise ValueError(f"{path}: {len(dev)} of {len(rows)} rows are listed, so one split is empty: "
-                         f"it needs two ids on a line, as {url} has them")
-    return train, {"dev": dev}, skipped
+        splits["dev" if ids in listed else "train"].append((fields, label))
+    if not all(splits.values()):
+        raise ValueError(f"{path}: {len(splits['dev'])} of {len(rows)} rows are listed, so one split is "
+                         f"empty: it needs two ids on a line, as {url} has them")
+    return splits, skipped
 
 
 def read_tsv(path: Path, task: Task) -> tuple[list[Row], int]:
-    """(rows, number of rows skipped) of a tab-separated UTF-8 file with a header line, unquoted as GLUE's are.
+    """(rows, number of rows skipped) of a tab-separated UTF-8 file with a header line, unquoted like GLUE's.
 
     Raises ValueError, naming file and line, for a missing file and for what cannot be read as this task.
     """
@@ -442,25 +429,24 @@ def read_tsv(path: Path, task: Task) -> tuple[list[Row], int]:
 def read_lines(path: Path) -> Iterator[tuple[str, list[str]]]:
     """("FILE, line N", its cells) of every line that is not blank."""
     with open(path, "rb") as file:                                     # bytes: only \n ends a line
-        if file.read(3) != codecs.BOM_UTF8:
-            file.seek(0)
         for number, line in enumerate(file, start=1):
             where = f"{path}, line {number}"
-            try:
-                cells = line.decode().rstrip("\r\n").split("\t")
+            try:                                                       # a byte order mark may begin the file
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}): convert it") from None
-            if line.strip():
-                yield where, cells
+                problem = f"not UTF-8 ({error.reason} at byte {error.start})"
+                raise ValueError(f"{where}: {problem}: convert the file") from None
+            if text.strip():
+                yield where, text.rstrip("\r\n").split("\t")
 
 
 def short(text: object) -> str:
-    """What an error line quotes of a file: a damaged file may hold a header or label of a million characters."""
+    """What an error line quotes of a file: a damaged one may hold a label of a million characters."""
     text = str(text)
     return text if len(text) <= 80 else text[:79] + "…"
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Downloading
 
 
@@ -471,16 +457,19 @@ class Source:
     dev_ids: "Source | None" = None      # MRPC's list of the rows that are dev
 
 
-# The checksums are those that the Hugging Face datasets library recorded (datasets/glue/dataset_infos.json @040102f).
-GLUE, MRPC = "https://dl.fbaipublicfiles.com/glue/data/", "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
+# The checksums are those that Hugging Face's datasets recorded (datasets/glue/dataset_infos.json @040102f).
+GLUE = "https://dl.fbaipublicfiles.com/glue/data/"
+MRPC = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
 MRPC_ROWS, MRPC_DEV_IDS = "msr_paraphrase_train.txt", "dev_ids.tsv"
 SOURCES = {
     "sst2": Source(GLUE + "SST-2.zip", "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa"),
     "mnli": Source(GLUE + "MNLI.zip", "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633"),
-    "mrpc": Source(MRPC + MRPC_ROWS, "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89", Source(
-        GLUE + "mrpc_dev_ids.tsv", "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7")),
+    "mrpc": Source(MRPC + MRPC_ROWS, "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89",
+                   dev_ids=Source(GLUE + "mrpc_dev_ids.tsv",
+                                  "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7")),
     "qnli": Source(GLUE + "QNLIv2.zip", "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5"),
-    "qqp": Source(GLUE + "QQP-clean.zip", "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0"),
+    "qqp": Source(GLUE + "QQP-clean.zip",
+                  "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0"),
     "rte": Source(GLUE + "RTE.zip", "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee"),
 }
 # Names under HUGGING_FACE, and the sha256 of model.safetensors where public files state one.
@@ -488,8 +477,8 @@ GPT2_MODELS = {"gpt2": "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f
                "gpt2-medium": None, "gpt2-large": None, "gpt2-xl": None}
 HUGGING_FACE = "https://huggingface.co/openai-community/"
 
-PAUSE, TIMEOUT = 1.0, 30.0               # seconds: before the second try; without a byte until a try is given up
-BROKEN = (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError)      # all but what the disk raises
+PAUSE, TIMEOUT = 1.0, 30.0               # seconds: before the second try; without a byte, until it is over
+BROKEN = (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError)      # not what a disk raises
 
 
 def fetch(name: str, folder: Path, quiet: bool) -> None:
@@ -505,18 +494,16 @@ def fetch(name: str, folder: Path, quiet: bool) -> None:
             return
         paths = [folder / f"{split}.tsv" for split in ("train", *task.dev_splits)]
         if missing := [path for path in paths if not path.exists()]:
-            extract(download(source.url, folder / Path(source.url).name, source.sha256, quiet), task.folder, missing)
+            archive = download(source.url, folder / Path(source.url).name, source.sha256, quiet)
+            extract(archive, task.folder, missing)
     except (ValueError, OSError) as error:
         raise ValueError(f"{error}, or name a folder of GLUE files with --data DIR") from None
 
 
 def extract(archive: Path, inside: str, paths: list[Path]) -> None:
-    """Write the members inside/NAME of a zip to the `paths` of these names; no other name in it is ever used.
-
-    The zip stays: another process may be reading it.
-    """
+    """Write the members inside/NAME of a zip to the `paths` of these names, and nothing else of it."""
     try:
-        with zipfile.ZipFile(archive) as opened:
+        with zipfile.ZipFile(archive) as opened:                       # it stays: others may be reading it
             for path in paths:
                 with opened.open(f"{inside}/{path.name}") as member, whole(path, str(archive)) as file:
                     shutil.copyfileobj(member, file)
@@ -525,9 +512,7 @@ def extract(archive: Path, inside: str, paths: list[Path]) -> None:
 
 
 def gpt2_folder(name: str, cache_dir: str | Path, quiet: bool = False) -> Path:
-    """cache_dir/NAME, with the config.json and model.safetensors of one of GPT2_MODELS: downloaded at first use."""
-    if name not in GPT2_MODELS:
-        raise ValueError(f"{name} cannot be downloaded, only {', '.join(GPT2_MODELS)}")
+    """cache_dir/NAME, with the two files of one of GPT2_MODELS in it: downloaded at first use."""
     folder, url = Path(cache_dir, name), f"{HUGGING_FACE}{name}/resolve/main/"
     download(url + "config.json", folder / "config.json", quiet=quiet)
     download(url + "model.safetensors", folder / "model.safetensors", GPT2_MODELS[name], quiet)
@@ -535,29 +520,26 @@ def gpt2_folder(name: str, cache_dir: str | Path, quiet: bool = False) -> Path:
 
 
 def download(url: str, path: Path, sha256: str | None = None, quiet: bool = False) -> Path:
-    """Fetch `url` to `path`, unless that exists; a connection that breaks is taken up once more. Returns `path`.
+    """Fetch `url` to `path`, unless that exists; when the connection breaks, go on once. Returns `path`.
 
     Raises ValueError or OSError: one line with the url, what happened and what to do.
     """
     if path.exists():
         return path
-
-    def failed(problem: object) -> ValueError:
-        return ValueError(f"{url}: {problem}: try again, or save the file as {path} yourself")
-
+    advice = f"try again, or save the file as {path} yourself"
     with whole(path, url) as file:
         for last_try in (False, True):
             try:
                 receive(url, file, quiet)
                 break
             except BROKEN as error:
-                if last_try or isinstance(error, HTTPError) and error.code < 500:      # "not found" does not pass
-                    reason = f"no connection ({error.reason})" if type(error) is URLError else short(error)
-                    raise failed(reason) from None
+                if last_try or isinstance(error, HTTPError) and error.code < 500:  # 404 will be 404 again
+                    problem = f"no connection ({error.reason})" if type(error) is URLError else short(error)
+                    raise ValueError(f"{url}: {problem}: {advice}") from None
                 time.sleep(PAUSE)
         file.seek(0)
         if sha256 and (found := hashlib.file_digest(file, "sha256").hexdigest()) != sha256:
-            raise failed(f"wrong content, its sha256 is {found} instead of {sha256}")
+            raise ValueError(f"{url}: wrong content, its sha256 is {found} instead of {sha256}: {advice}")
     return path
 
 
@@ -566,31 +548,29 @@ def receive(url: str, file: BinaryIO, quiet: bool) -> None:
     start = file.tell()
     request = Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     with urlopen(request, timeout=TIMEOUT) as response:
-        if response.status != 206:                                     # the server sends the whole file again
+        if response.status != 206:                                     # not the rest but the whole file
             start = file.seek(0)
             file.truncate()
         total = None if response.length is None else start + response.length
-        with tqdm(desc=Path(url).name, initial=start, total=total, unit="B", unit_scale=True,
-                  disable=True if quiet else None) as progress:
-            while chunk := response.read(1 << 16):
-                file.write(chunk)
-                progress.update(len(chunk))
-    if total is not None and file.tell() < total:                      # read does not complain
+        with tqdm.wrapattr(response, "read", total=total, initial=start, desc=Path(url).name,
+                           disable=True if quiet else None) as counted:
+            shutil.copyfileobj(counted, file)
+    if total is not None and file.tell() < total:                      # read itself does not complain
         raise ConnectionError(f"broken off after {file.tell():,} of {total:,} bytes")
 
 
 @contextmanager
 def whole(path: Path, source: str) -> Iterator[BinaryIO]:
     """A new file that takes the name `path` when the block ends well, and is removed when it does not."""
-    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # another process may be writing the same file
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # others may be writing the same file
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "w+b") as file:
             yield file
-        os.replace(part, path)
+        part.replace(path)
     except OSError as error:
-        raise OSError(f"{source} cannot be saved as {path} ({error.strerror or error}): "
-                      "make room, or name a folder that can be written with --cache DIR or --out DIR") from None
+        raise OSError(f"{source} cannot be saved as {path} ({error.strerror or error}): make room, or name "
+                      "a folder that can be written with --cache DIR or --out DIR") from None
     finally:
         if part.exists():
             part.unlink()
@@ -604,18 +584,19 @@ def save_file(path: Path, content) -> None:
         elif path.suffix == ".jsonl":
             file.write("".join(json.dumps(line) + "\n" for line in content).encode())
         else:
-            torch.save(content, memory := io.BytesIO())                # straight to a full disk, it would not say why it failed
+            torch.save(content, memory := io.BytesIO())                # itself, it hides why a disk fails
             file.write(memory.getbuffer())
 
 
 def load_file(path: Path):
-    """A file of tensors and plain values. Raises ValueError if it is damaged or holds anything else, such as code."""
+    """Tensors and plain values, as saved. Raises ValueError if the file is damaged or holds code."""
     try:
         with zipfile.ZipFile(path) as archive:
-            if archive.testzip():        # torch.load itself checks no checksum, so that a flipped bit would go unnoticed
+            if archive.testzip():                                      # torch.load reads over a flipped bit
                 raise ValueError("checksum")
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:           # torch.load raises half a dozen types for a damaged file
-        raise ValueError(f"{path} cannot be read as saved weights ({type(error).__name__}): delete it and run again") from None
+    except Exception as error:                                         # torch.load raises half a dozen types
+        problem = f"cannot be read as saved weights ({type(error).__name__})"
+        raise ValueError(f"{path} {problem}: delete it and run again") from None

@@ -92,7 +92,7 @@ def test_a_terminal_sees_a_bar_unless_it_is_to_be_quiet(server, tmp_path, monkey
     server.plans["/file"] = [CONTENT]
     monkeypatch.setattr("sys.stderr", Terminal())
     data.download(f"{server.url}/file", tmp_path / "file", quiet=quiet)
-    assert ("256k/256k" in sys.stderr.getvalue()) != quiet
+    assert ("250k/250k" in sys.stderr.getvalue()) != quiet
 
 
 @pytest.mark.parametrize("ranges", [True, False])
@@ -253,6 +253,20 @@ def test_a_task_is_downloaded_once_and_read(server, tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "GLUE" / "RTE").iterdir()) == ["dev.tsv", "train.tsv"]
 
 
+@pytest.mark.parametrize("quiet", [True, False])
+def test_quiet_reaches_every_download(server, tmp_path, monkeypatch, quiet):
+    content = glue_zip({"RTE/train.tsv": TSV, "RTE/dev.tsv": TSV})
+    server.plans |= {"/RTE.zip": [content], "/gpt2-xl/resolve/main/config.json": [b"{}"],
+                     "/gpt2-xl/resolve/main/model.safetensors": [CONTENT]}
+    monkeypatch.setitem(data.SOURCES, "rte", data.Source(f"{server.url}/RTE.zip", hashlib.sha256(content).hexdigest()))
+    monkeypatch.setattr(data, "HUGGING_FACE", f"{server.url}/")
+    monkeypatch.setattr("sys.stderr", Terminal())
+    data.load_task("rte", None, cache_dir=tmp_path, quiet=quiet)
+    data.gpt2_folder("gpt2-xl", tmp_path, quiet)
+    shown = [name in sys.stderr.getvalue() for name in ("RTE.zip", "config.json", "model.safetensors")]
+    assert shown == [not quiet] * 3
+
+
 def test_mrpc_is_downloaded_as_it_is_published(server, tmp_path, monkeypatch):
     header = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
     rows, ids = f"{header}1\t1\t2\tA .\tB .\n0\t3\t4\tC .\tD .\n".encode(), b"3\t4\n"
@@ -302,7 +316,7 @@ def test_other_weights_than_the_published_ones_are_refused(server, tmp_path, mon
     refused(tmp_path, "gpt2/resolve/main/model.safetensors: wrong content", data.gpt2_folder, "gpt2", tmp_path)
 
 
-def test_a_name_that_is_not_published_is_refused(tmp_path):
-    refused(tmp_path, "gpt5 cannot be downloaded, only gpt2, gpt2-medium", data.gpt2_folder, "gpt5", tmp_path)
+def test_the_published_weights_have_an_https_url_and_a_checksum_where_one_is_known():
     assert data.HUGGING_FACE.startswith("https://huggingface.co/")
-    assert all(sha256 is None or re.fullmatch("[0-9a-f]{64}", sha256) for sha256 in data.GPT2_MODELS.values())
+    assert re.fullmatch("[0-9a-f]{64}", data.GPT2_MODELS["gpt2"])
+    assert list(data.GPT2_MODELS) == ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
