@@ -2,7 +2,10 @@
 
 import hashlib
 import io
+import json
 import re
+import shutil
+import ssl
 import sys
 import threading
 import zipfile
@@ -10,6 +13,7 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import torch
 
 import data
 
@@ -148,6 +152,19 @@ def test_a_server_that_falls_silent_is_asked_again(server, tmp_path, monkeypatch
     assert re.fullmatch(r"bytes=\d+-", server.requests[1][1])
 
 
+def test_a_secure_connection_that_breaks_is_resumed_too(server, tmp_path, monkeypatch):
+    everything = shutil.copyfileobj
+    def cut(response, file):                           # as TLS does when the other side is gone
+        file.write(response.read(100_000))
+        monkeypatch.setattr("shutil.copyfileobj", everything)
+        raise ssl.SSLEOFError(8, "EOF occurred in violation of protocol")
+
+    server.plans["/file"] = [{"ranges": True}]
+    monkeypatch.setattr("shutil.copyfileobj", cut)
+    assert data.download(f"{server.url}/file", tmp_path / "file", SHA256).read_bytes() == CONTENT
+    assert server.requests[1] == ("/file", "bytes=100000-")
+
+
 def test_no_connection_is_one_line(server, tmp_path):
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as closed:
         port = closed.server_port
@@ -278,6 +295,15 @@ def test_mrpc_is_downloaded_as_it_is_published(server, tmp_path, monkeypatch):
     assert train == [({"a": "A .", "b": "B ."}, 1)] and dev == {"dev": [({"a": "C .", "b": "D ."}, 0)]}
 
 
+@pytest.mark.parametrize("name, wrong", [("rte", "/train"), ("mrpc", "/train"), ("mrpc", "/ids")])
+def test_a_task_with_another_content_than_published_is_refused(server, tmp_path, monkeypatch, name, wrong):
+    server.plans |= {"/train": [CONTENT], "/ids": [CONTENT]}
+    first, ids = (data.Source(f"{server.url}{path}", "0" * 64 if path == wrong else SHA256) for path in ("/train", "/ids"))
+    monkeypatch.setitem(data.SOURCES, name, replace(first, dev_ids=ids if name == "mrpc" else None))
+    with pytest.raises(ValueError, match=f"{server.url}{wrong}: wrong content, its sha256 is {SHA256} instead of 000"):
+        data.load_task(name, None, cache_dir=tmp_path)
+
+
 def test_a_download_that_fails_points_to_files_of_ones_own(server, tmp_path, monkeypatch):
     monkeypatch.setitem(data.SOURCES, "rte", data.Source(f"{server.url}/RTE.zip", SHA256))
     (tmp_path / "GLUE" / "RTE").mkdir(parents=True)
@@ -320,3 +346,32 @@ def test_the_published_weights_have_an_https_url_and_a_checksum_where_one_is_kno
     assert data.HUGGING_FACE.startswith("https://huggingface.co/")
     assert re.fullmatch("[0-9a-f]{64}", data.GPT2_MODELS["gpt2"])
     assert list(data.GPT2_MODELS) == ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
+
+
+# --- files of one's own ----------------------------------------------------------------------------------------
+
+
+def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
+    path = tmp_path / "weights.pt"
+    data.save_file(path, {"w": torch.arange(3), "name": "old"})
+    refused(tmp_path, "the result cannot be saved as .*weights.pt/y", data.save_file, path / "y", {})
+    with pytest.raises(TypeError):
+        data.save_file(tmp_path / "result.json", {"w": torch.arange(3)})
+    assert data.load_file(path)["w"].tolist() == [0, 1, 2] and list(tmp_path.iterdir()) == [path]
+
+
+def test_results_are_saved_as_json_and_lines_of_it(tmp_path):
+    data.save_file(tmp_path / "a.json", {"accuracy": 0.5})
+    data.save_file(tmp_path / "a.jsonl", [{"epoch": 1}, {"epoch": 2}])
+    assert json.loads((tmp_path / "a.json").read_text()) == {"accuracy": 0.5}
+    assert [json.loads(line)["epoch"] for line in (tmp_path / "a.jsonl").read_text().splitlines()] == [1, 2]
+
+
+@pytest.mark.parametrize("position", [0.25, 0.5, 0.75])
+def test_a_flipped_bit_is_noticed(tmp_path, position):
+    path = tmp_path / "weights.pt"
+    data.save_file(path, {"w": torch.zeros(10_000)})
+    content = bytearray(path.read_bytes())
+    content[int(position * len(content))] ^= 1
+    path.write_bytes(content)
+    refused(tmp_path, "weights.pt cannot be read as saved weights .*: delete it", data.load_file, path)
