@@ -268,7 +268,8 @@ class Encoded:
     tokens: Tensor                       # (N, T) int64
     lengths: Tensor                      # (N,)
     labels: Tensor                       # (N,) indices into task.label_words
-    num_cut: int                         # texts that did not fit and were shortened
+    num_cut: int = 0                     # texts that did not fit and were shortened
+    instances: Tensor | None = None      # (N, d_h) instance embeddings h, once they are computed
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -278,12 +279,17 @@ class Encoded:
         """Whether the longest text has over twice the mean length: random batches are mostly padding."""
         return bool(self.lengths.max() > 2 * self.lengths.float().mean())
 
-    def __getitem__(self, rows: slice) -> "Encoded":
-        return replace(self, tokens=self.tokens[rows], lengths=self.lengths[rows], labels=self.labels[rows])
+    def __getitem__(self, rows: slice | Tensor) -> "Encoded":
+        return self.each(lambda tensor: tensor[rows])
 
     def to(self, device: str) -> "Encoded":
-        tokens, lengths, labels = (t.to(device) for t in (self.tokens, self.lengths, self.labels))
-        return replace(self, tokens=tokens, lengths=lengths, labels=labels)
+        return self.each(lambda tensor: tensor.to(device))
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Encoded":
+        """The same split with every tensor changed."""
+        instances = None if self.instances is None else change(self.instances)
+        return replace(self, tokens=change(self.tokens), lengths=change(self.lengths),
+                       labels=change(self.labels), instances=instances)
 
 
 def encode_text(task: Task, fields: dict[str, str], tokenizer: tiktoken.Encoding,

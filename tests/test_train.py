@@ -1,6 +1,7 @@
 """train.py end to end, through the command line it ships with."""
 
 import copy
+import dataclasses
 import json
 import os
 import signal
@@ -75,8 +76,38 @@ def test_the_result_is_complete_and_the_loss_falls(finished):
     assert [line["epoch"] for line in epochs] == [1, 2, 3] and epochs[-1]["accuracy"] == result["accuracy"]
     assert epochs[-1]["loss"] < epochs[0]["loss"]
     assert config.items() <= result.items()
-    assert sorted(path.name for path in out.iterdir()) == [
-        "adapter.pt", "command.json", "metrics.jsonl", "result.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["adapter.pt", "metrics.jsonl", "result.json"]
+
+
+def test_every_field_of_config_is_a_flag_with_its_comment_as_help():
+    actions = {action.dest: action for action in train.build_parser()._actions}
+    for field in dataclasses.fields(train.Config):
+        assert actions[field.name].help and actions[field.name].option_strings == ["--" + field.name.replace("_", "-")]
+        if field.default is not dataclasses.MISSING:
+            assert actions[field.name].default == field.default
+    args, config, state = train.parse_args("--task rte --method pt --max-train 7 --lr 2 --tune-encoder --seed 0".split())
+    assert config == train.Config("rte", "pt", max_train=7, lr=2.0, tune_encoder=True) and state is None
+
+
+def test_what_decides_a_result_is_all_that_is_asked_for_but_where_and_how_to_run():
+    config = train.Config("sst2", "pt", lr=0.1, out="x", save_every=3, quiet=True, device="cpu", cache="y")
+    assert set(dataclasses.asdict(config)) - set(config.deciding()) == {"out", "save_every", "quiet", "device", "cache"}
+    assert config.deciding()["init_std"] == 0.1 and config.deciding()["encoder"] == "tiny"
+
+
+@pytest.mark.parametrize("change, folder", [
+    (dict(), "runs/sst2-lopa-tiny-seed0"), (dict(lr=3e-3, encoder="tiny"), "runs/sst2-lopa-tiny-seed0"),
+    (dict(seed=3, lr=0.5, tune_encoder=True), "runs/sst2-lopa-tiny-seed3-lr-0.5-tune-encoder"),
+    (dict(model="/models/a", encoder="/models/enc"), "runs/sst2-lopa-a-seed0-encoder-enc"), (dict(out="here/x"), "here/x"),
+])
+def test_the_run_folder_says_what_is_not_as_usual(change, folder):
+    assert str(train.Config("sst2", device="cpu", **change).folder) == folder
+
+
+def test_an_unknown_method_is_an_error(tiny):
+    config = dataclasses.replace(train.Config("sst2"), method="lorra")
+    with pytest.raises(ValueError, match="unknown method 'lorra': choose one of lopa, idpg"):
+        train.Adapted(config, tiny[0], InstanceEncoder(tiny[0]), torch.tensor([1, 2]))
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished, tmp_path):
@@ -99,9 +130,10 @@ def test_a_reloaded_adapter_gives_identical_probabilities(tiny, tmp_path, monkey
     encoder = InstanceEncoder(gpt)
     model = train.restore(adapter, gpt, encoder, data.label_tokens(task, tokenizer))
     split = data.encode(task, data.sst2_sample()[1], tokenizer, 100)
-    assert torch.equal(train.predict(model, split, train.instance_embeddings(encoder, split)), seen[-2])
+    split = dataclasses.replace(split, instances=train.instance_embeddings(encoder, split))
+    assert torch.equal(train.predict(model, split), seen[-2])
     fingerprint = gpt.fingerprint()
-    assert fingerprint == adapter["fingerprint"]       # the model itself has not changed, whatever was trained
+    assert fingerprint == adapter["depends_on"]["fingerprint"]         # the model itself has not changed
 
 
 def problem_of(tiny, rows):
@@ -109,25 +141,25 @@ def problem_of(tiny, rows):
     gpt, tokenizer = tiny
     task, encoder = data.TASKS["sst2"], InstanceEncoder(tiny[0])
     split = data.encode(task, data.sst2_sample()[0][:rows], tokenizer, 118)
-    instances = encoder.fit(train.instance_embeddings(encoder, split))
-    return train.Problem(gpt, encoder, data.label_tokens(task, tokenizer), split, split, instances, instances, "")
+    split = dataclasses.replace(split, instances=encoder.fit(train.instance_embeddings(encoder, split)))
+    return train.Problem(gpt, encoder, data.label_tokens(task, tokenizer), split, {"dev": split})
 
 
-def options_of(*flags):
-    args = train.parse_args(["--task", "sst2", *flags])
-    return {name: getattr(args, name) for name in (*train.MODEL_OPTIONS, "shuffle_instances", *train.TRAINING_OPTIONS)}
+def config_of(flags="", **change):
+    _, config, _ = train.parse_args(["--task", "sst2", "--device", "cpu", "--quiet", *flags.split()])
+    return dataclasses.replace(config, **change)
 
 
 @pytest.mark.parametrize("flags", ["--method lopa", "--method pt", "--method lora", "--method full", "--tune-encoder"])
 def test_training_leaves_the_model_as_it_was_and_without_gradients(tiny, flags):
-    problem, options = problem_of(tiny, 64), options_of("--epochs", "1", "--batch-size", "16", *flags.split())
+    problem, config = problem_of(tiny, 64), config_of(flags, epochs=1, batch_size=16)
     before = {name: tensor.clone() for name, tensor in problem.gpt.state_dict().items()}
-    model = train.build(problem, options)
+    model = train.build(config, problem)
     start = {name: p.detach().clone() for name, p in model.trained().items()}
-    list(train.fit(model, problem, options))
+    train.fit(config, model, problem)
     unmoved = [name for name, p in model.trained().items() if torch.equal(p, start[name])]
     assert unmoved == [] and all(p.grad is not None for p in model.trained().values())
-    assert all(p.grad is None for p in problem.gpt.parameters()) and not problem.train_instances.requires_grad
+    assert all(p.grad is None for p in problem.gpt.parameters()) and not problem.train.instances.requires_grad
     assert all(torch.equal(before[name], tensor) for name, tensor in problem.gpt.state_dict().items())
 
 
@@ -136,7 +168,7 @@ def test_the_target_is_read_at_the_last_real_token_whatever_the_padding(tiny):
     task = data.TASKS["sst2"]
     rows = [({"sentence": s}, 0) for s in ("the plot works", "although the music is very warm , the script drags")]
     split, ids = data.encode(task, rows, tokenizer, 118), data.label_tokens(task, tokenizer)
-    model = train.build(problem_of(tiny, 8), options_of()).eval()
+    model = train.build(config_of(), problem_of(tiny, 8)).eval()
     h = torch.randn(2, 64)
     with torch.no_grad():
         batch = model(split.tokens, split.lengths, h)
@@ -148,8 +180,8 @@ def test_the_target_is_read_at_the_last_real_token_whatever_the_padding(tiny):
 
 def test_zero_shot_is_the_bare_language_model(tiny):
     problem = problem_of(tiny, 20)
-    bare = train.Adapted(problem.gpt, problem.encoder, problem.label_ids, "none")
-    probabilities = train.predict(bare, problem.train, problem.train_instances)
+    bare = train.Adapted(config_of(method="none"), problem.gpt, problem.encoder, problem.label_ids)
+    probabilities = train.predict(bare, problem.train)
     for row, length, p in zip(problem.train.tokens, problem.train.lengths.tolist(), probabilities):
         logits = problem.gpt(row[None, :length])[0, -1, problem.label_ids]
         assert torch.allclose(logits.softmax(-1), p, atol=1e-5)
@@ -183,33 +215,6 @@ def test_holding_out_scores_training_rows_and_dev_changes_nothing(tiny, tmp_path
     first, second = results
     assert (first["num_train"], first["num_scored"], first["scored_on"]) == (200, 3800, "held-out training rows")
     assert first["accuracy"] == second["accuracy"] and first["linear_probe"] == second["linear_probe"]
-
-
-def test_a_study_chooses_on_training_rows_scores_every_seed_and_continues_where_it_was(tiny, tmp_path, capsys, monkeypatch):
-    flags = ["--task", "sst2", "--compare", "--methods", "pt,lopa", "--seeds", "3,4", "--max-train", "200", "--epochs", "1",
-             "--out", str(tmp_path)]
-    train.main(flags)
-    table = (tmp_path / "table.md").read_text()
-    assert table in capsys.readouterr().out
-    _, *runs = map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())
-    assert [(run["method"], run["stage"], run["seed"]) for run in runs] == [
-        (method, stage, seed) for method in ("pt", "lopa") for stage, seed in [("trial", 0)] * 3 + [("seed", 3), ("seed", 4)]]
-    for method, row in zip(("pt", "lopa"), table.splitlines()[2:]):
-        trials = [run for run in runs if run["method"] == method and run["stage"] == "trial"]
-        scored = [run for run in runs if run["method"] == method and run["stage"] == "seed"]
-        best = max(trials, key=lambda run: run["accuracy"])["lr"]
-        assert {run["lr"] for run in scored} == {best}
-        assert f"{sum(run['accuracy'] for run in scored) / 2:.3f} ± " in row and f"| {best:g} |" in row
-
-    lines = (tmp_path / "runs.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "runs.jsonl").write_text("".join(lines[:-1]))      # as if it had been interrupted in the last run
-    fitted = []
-    monkeypatch.setattr(train, "fit", lambda *a, fit=train.fit: fitted.append(a) or fit(*a))
-    train.main(flags)
-    assert len(fitted) == 1
-    again = (tmp_path / "table.md").read_text()
-    assert [row.split("|")[:5] for row in again.splitlines()] == [row.split("|")[:5] for row in table.splitlines()]
-    assert "holds another run: num_train is 200 there and 100 here" in refused(capsys, *flags, "--max-train", 100)
 
 
 def test_one_pass_through_one_frozen_model_serves_rows_of_different_tasks_and_methods(tiny):
@@ -249,7 +254,8 @@ def test_predict_prints_label_and_probabilities(finished, capsys):
 def test_an_adapter_of_another_model_is_refused(finished, capsys, tmp_path):
     out, _ = finished
     adapter = torch.load(out / "adapter.pt", weights_only=True)
-    torch.save(adapter | {"fingerprint": "0123456789ab"}, tmp_path / "adapter.pt")
+    adapter["depends_on"]["fingerprint"] = "0123456789ab"
+    torch.save(adapter, tmp_path / "adapter.pt")
     assert "another model (0123456789ab)" in refused(capsys, "--adapter", tmp_path, "--predict", "x")
 
 
@@ -285,7 +291,8 @@ def test_a_damaged_adapter_and_one_with_code_in_it_are_refused(capsys, tmp_path)
 @pytest.mark.parametrize("flags, message", [
     ("--task sst3", "argument --task: invalid choice: 'sst3'"),
     ("--task sst2 --method lora2", "argument --method: invalid choice: 'lora2'"),
-    ("--task sst2 --compare --methods lopa,lora2", "argument --methods: lora2 is none of pt, dpt"),
+    ("--task sst2 --compare", "this is now: python -m experiments.compare --task sst2"),
+    ("--ablate --task rte", "this is now: python -m experiments.compare --task rte --ablate"),
     ("", "name a task: --task sst2 or mnli"),
     ("--task mnli", "mnli"),
     ("--task sst2 --rank 0", "argument --rank: 0 is not a positive number"),
@@ -326,7 +333,7 @@ def test_a_folder_that_holds_another_run_is_left_alone(finished, capsys):
 def test_a_loss_that_is_not_finite_stops_and_names_step_and_learning_rate(tiny, capsys, tmp_path):
     message = refused(capsys, *QUICK, "--lr", "1e20", "--out", tmp_path / "run")
     assert "loss is nan at step" in message and "learning rate" in message and "lower --lr" in message
-    assert "nothing was saved yet" in message and not (tmp_path / "run" / "adapter.pt").exists()
+    assert "start again" in message and not (tmp_path / "run" / "adapter.pt").exists()
 
 
 def test_texts_that_do_not_fit_are_cut_and_counted(tiny, capsys, tmp_path):
@@ -346,9 +353,9 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tiny, tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors
     assert "interrupted at step" in errors and f"python train.py --resume {tmp_path / 'run'}" in errors
-    assert train.load_adapter(tmp_path / "run")["model_options"]["method"] == "lopa"
-    left = sorted(path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith("checkpoint-"))
-    assert left == ["adapter.pt", "command.json", "metrics.jsonl"]
+    checkpoint = train.earlier_run(tmp_path / "run")
+    assert checkpoint["config"]["method"] == "lopa" and len(checkpoint["metrics"]) >= 3
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint-before.pt", "checkpoint.pt"]
 
 
 @pytest.mark.skipif("GLUE_DIR" not in os.environ, reason="GLUE_DIR does not name a folder with the real SST-2/train.tsv")
