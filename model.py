@@ -6,7 +6,7 @@ after the embedding and before the blocks; that is why the forward pass comes in
 
     embed    tokens (B, T)            -> token_embeds (B, T, d)
     hidden   inputs_embeds (B, T, d)  -> last hidden states (B, T, d)
-    logits   hidden states (..., d)   -> logits (..., vocab_size), only where they are needed
+    logits   hidden states (..., d)   -> logits (..., vocab_size), only where and for what they are needed
 
 B is the number of texts, T their length, d the width; d_h is the width of the instance embedding h (here d).
 After the model come the instance encoder, the pre-training of a tiny GPT and the reader of weight files.
@@ -49,8 +49,8 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, at: Tensor | None = None, past: list[Tensor] | None = None) -> Tensor:
-        """x (B, T, d) -> (B, T, d); with positions `at` (B,), what attention gives there alone, (B, 1, d).
+    def forward(self, x: Tensor, past: list[Tensor] | None = None) -> Tensor:
+        """x (B, T, d) -> (B, T, d).
 
         `past`, when generating, holds the keys and values of the positions before x; those of x join them.
         """
@@ -64,12 +64,8 @@ class Attention(nn.Module):
         if past is not None:
             past[:] = k, v
         # Causal, and padding stands on the right: no real token can see it, so no other mask is needed.
-        mask = None
-        if at is not None:
-            q = q[torch.arange(B, device=x.device), :, at, None]       # (B, n_head, 1, d / n_head)
-            mask = (torch.arange(T, device=x.device) <= at[:, None])[:, None, None]      # (B, 1, 1, T)
-        # A single position is the last one, and sees everything, or what the mask says.
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=q.shape[2] > 1)
+        # A single position is the last one and sees everything.
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)   # (B, n_head, T, d / n_head)
         return self.c_proj(x.transpose(1, 2).flatten(2))               # heads side by side again: (B, T, d)
 
 
@@ -91,12 +87,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, at: Tensor | None = None, past: list[Tensor] | None = None) -> Tensor:
-        """x (B, T, d) -> (B, T, d); with positions `at` (B,), the states there alone, (B, 1, d)."""
-        attended = self.attn(self.ln_1(x), at, past)
-        if at is not None:
-            x = x[torch.arange(len(x), device=x.device), at, None]     # (B, 1, d)
-        x = x + attended
+    def forward(self, x: Tensor, past: list[Tensor] | None = None) -> Tensor:
+        """x (B, T, d) -> (B, T, d); `past` is the attention's."""
+        x = x + self.attn(self.ln_1(x), past)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -120,7 +113,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> "GPT":
-        """GPT-2 from a folder as Hugging Face Transformers writes it and as the published weights come.
+        """GPT-2 from a folder that Hugging Face Transformers wrote; the published ones have the same form.
 
         It holds config.json and model.safetensors or pytorch_model.bin. ValueError: one of them is missing
         or damaged, they do not fit together, or they are another architecture's.
@@ -142,11 +135,11 @@ class GPT(nn.Module):
 
     def hidden(self, inputs_embeds: Tensor, num_blocks: int | None = None,
                past: list[list[Tensor]] | None = None) -> Tensor:
-        """Embedded input (B, T, d) -> last hidden states (B, T, d). A prompt in front moves the text back.
+        """Embedded input (B, T, d) -> last hidden states (B, T, d). A prompt in front shifts the text.
 
         With `num_blocks`, the raw states after that many blocks. `past`, at first an empty list per block,
-        fills with keys and values; from then on the input is the one next position. ValueError: it is longer
-        than the context.
+        fills with keys and values; from then on the input is the one next position. ValueError: it is more
+        than that, or longer than the context.
         """
         T = inputs_embeds.shape[1]
         start = past[0][0].shape[2] if past and past[0] else 0
@@ -157,7 +150,7 @@ class GPT(nn.Module):
             raise ValueError(f"{T} positions after a past of {start}: pass them one by one")
         x = inputs_embeds + self.wpe.weight[start:start + T]           # (B, T, d) + (T, d)
         for block, block_past in zip(self.h[:num_blocks], past or [None] * len(self.h)):
-            x = block(x, past=block_past)
+            x = block(x, block_past)
         return self.ln_f(x) if num_blocks is None else x
 
     def hidden_at(self, inputs_embeds: Tensor, positions: Tensor) -> Tensor:
@@ -165,12 +158,21 @@ class GPT(nn.Module):
 
         Nobody sees the last block's states elsewhere, so its MLP, its largest part, runs on B tokens alone.
         """
+        last = self.h[-1]
         x = self.hidden(inputs_embeds, num_blocks=len(self.h) - 1)     # (B, T, d)
-        return self.ln_f(self.h[-1](x, at=positions)[:, 0])
+        x = x + last.attn(last.ln_1(x))                                # (B, T, d)
+        x = x[torch.arange(len(x), device=x.device), positions]        # (B, d)
+        x = x + last.mlp(last.ln_2(x))                                 # (B, d)
+        return self.ln_f(x)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states (..., d) -> next-token logits (..., vocab_size), through the embedding table."""
-        return hidden @ self.wte.weight.T
+    def logits(self, hidden: Tensor, only: Tensor | None = None) -> Tensor:
+        """Hidden states (..., d) -> next-token logits (..., vocab_size), through the embedding table.
+
+        With token ids `only` (n,), the logits of these tokens alone, (..., n): two label words need two rows
+        of the table, not all of GPT-2's 50,257.
+        """
+        table = self.wte.weight if only is None else self.wte.weight[only]             # (vocab_size or n, d)
+        return hidden @ table.T
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids (B, T) -> logits (B, T, vocab_size), as any language model."""
@@ -275,7 +277,7 @@ def pretrain(config: GPTConfig, token_ids: Tensor, document_starts: Tensor, seed
         for step in progress(range(recipe["steps"])):
             lr = recipe["lr"] * cosine_factor(step, recipe["warmup_steps"], recipe["steps"])
             optimizer.param_groups[0]["lr"] = lr
-            picked = torch.randint(len(starts), (recipe["batch_size"], 1), generator=order)
+            picked = torch.randint(len(starts), (recipe["batch_size"], 1), generator=order)  # (B, 1)
             batch = token_ids[starts[picked] + window].to(device)      # (B, window + 1)
             logits = gpt(batch[:, :-1])                                # (B, window, vocab_size)
             loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())

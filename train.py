@@ -182,7 +182,7 @@ class Adapted(nn.Module):
             inputs_embeds = self.prompt(inputs_embeds, instance)       # (B, m + T, d)
         m = inputs_embeds.shape[1] - tokens.shape[1]
         last = self.gpt.hidden_at(inputs_embeds, m + lengths - 1)      # (B, d)
-        logits = self.gpt.logits(last)[:, self.label_ids]
+        logits = self.gpt.logits(last, self.label_ids)                 # (B, labels)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))     # bfloat16 is coarse
 
     def trained(self) -> dict[str, nn.Parameter]:

@@ -26,7 +26,7 @@ def tokens_of(*lengths, pad_to=None):
 
 
 def naive_gpt2(weights, config, tokens):
-    """GPT-2 for one row of tokens, by definition: loops over heads and positions, softmax and GELU spelled out."""
+    """GPT-2 for one row of tokens, by definition: loops over heads and positions, all of it spelled out."""
     def linear(x, name):
         return x @ weights[name + ".weight"].T + weights[name + ".bias"]
 
@@ -74,6 +74,16 @@ def test_the_three_parts_make_the_whole_and_logits_can_be_taken_anywhere(gpt):
     assert torch.allclose(gpt(tokens)[:, 4], gpt.logits(hidden[:, 4]), atol=1e-12)
 
 
+@pytest.mark.parametrize("only", [[7, 2], [30], [4, 4, 0]])
+def test_logits_of_a_few_tokens_are_theirs_among_all_and_pass_the_same_gradient(gpt, only):
+    hidden, only = torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True), torch.tensor(only)
+    everything, few = gpt.logits(hidden)[..., only], gpt.logits(hidden, only)
+    assert few.shape == (2, 5, len(only)) and torch.allclose(few, everything, atol=1e-12)
+    direction = torch.randn_like(few)
+    gradients = [torch.autograd.grad((x * direction).sum(), hidden)[0] for x in (everything, few)]
+    assert torch.allclose(*gradients, atol=1e-12)
+
+
 def test_the_states_at_one_position_are_those_of_the_whole_forward_pass(gpt):
     tokens, lengths = tokens_of(4, 7, 1, 9, pad_to=12)
     inputs_embeds = gpt.embed(tokens).requires_grad_()
@@ -83,6 +93,14 @@ def test_the_states_at_one_position_are_those_of_the_whole_forward_pass(gpt):
     direction = torch.randn(4, 12, dtype=torch.float64)
     gradients = [torch.autograd.grad((x * direction).sum(), inputs_embeds)[0] for x in (whole, alone)]
     assert torch.allclose(*gradients, atol=1e-12)
+
+
+def test_for_one_position_per_row_the_last_mlp_works_on_that_alone(gpt):
+    shapes = []
+    for block in gpt.h:
+        block.mlp.register_forward_hook(lambda mlp, inputs, output: shapes.append(inputs[0].shape[:-1]))
+    gpt.hidden_at(gpt.embed(tokens_of(4, 9)[0]), torch.tensor([3, 8]))
+    assert shapes == [(2, 9), (2, 9), (2,)]
 
 
 def test_the_model_is_causal(gpt):
@@ -177,7 +195,7 @@ def test_the_learning_rate_rises_through_the_warm_up_and_falls_along_half_a_cosi
 
 
 @pytest.mark.parametrize("learned_below, wanted", [(100.0, 1), (0.0, 3)])
-def test_a_pretraining_that_stalls_gets_another_round_at_most_three_in_all(monkeypatch, learned_below, wanted):
+def test_a_pretraining_that_stalls_gets_another_round_three_at_most(monkeypatch, learned_below, wanted):
     rounds = []
     monkeypatch.setitem(model.PRETRAINING, "steps", 2)
     monkeypatch.setitem(model.PRETRAINING, "learned_below", learned_below)
