@@ -291,8 +291,6 @@ def test_a_damaged_adapter_and_one_with_code_in_it_are_refused(capsys, tmp_path)
 @pytest.mark.parametrize("flags, message", [
     ("--task sst3", "argument --task: invalid choice: 'sst3'"),
     ("--task sst2 --method lora2", "argument --method: invalid choice: 'lora2'"),
-    ("--task sst2 --compare", "this is now: python -m experiments.compare --task sst2"),
-    ("--ablate --task rte", "this is now: python -m experiments.compare --task rte --ablate"),
     ("", "name a task: --task sst2 or mnli"),
     ("--task mnli", "mnli"),
     ("--task sst2 --rank 0", "argument --rank: 0 is not a positive number"),

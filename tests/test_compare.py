@@ -1,0 +1,232 @@
+"""experiments/compare.py through its command line; experiments/figures.py, where matplotlib is installed."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from experiments import compare
+from model import InstanceEncoder
+
+ROOT = Path(train.__file__).parent
+QUICK = ["--task", "sst2", "--max-train", "200", "--epochs", "1"]
+
+
+def refused(capsys, *argv):
+    """Run the command line, expect exit code 2, and return the one line it printed about it."""
+    with pytest.raises(SystemExit) as stop:
+        compare.main([str(a) for a in argv])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err.strip()
+    assert "Traceback" not in message
+    return message.splitlines()[-1]
+
+
+def runs_in(folder):
+    return [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()][1:]
+
+
+def cells_without_seconds(table):
+    return [row.split("|")[:-2] for row in table.splitlines()]
+
+
+@pytest.fixture
+def fitted(monkeypatch):
+    """The (config, problem) of every training that really takes place."""
+    seen = []
+
+    def fit(config, model, problem, fit=train.fit):
+        seen.append((config, problem))
+        return fit(config, model, problem)
+
+    monkeypatch.setattr(train, "fit", fit)
+    return seen
+
+
+def test_the_middle_learning_rate_is_the_one_that_train_py_takes():
+    assert {method: rates[1] for method, rates in compare.LEARNING_RATES.items()} == train.LEARNING_RATES
+    assert all(low < middle < high for low, middle, high in compare.LEARNING_RATES.values())
+    assert compare.TRAINED.keys() == train.LEARNING_RATES.keys()
+
+
+def test_rates_are_chosen_on_training_rows_every_seed_is_scored_and_a_rerun_continues(tiny, tmp_path, capsys,
+                                                                                      fitted):
+    flags = [*QUICK, "--methods", "pt,lopa", "--seeds", "3,4", "--out", str(tmp_path)]
+    compare.main(flags)
+    table = (tmp_path / "table.md").read_text()
+    assert capsys.readouterr().out.endswith(table)
+    runs = runs_in(tmp_path)
+    expected = [("trial", 0)] * 3 + [("seed", 3), ("seed", 4)]
+    assert [(run["method"], run["stage"], run["seed"]) for run in runs] == [
+        (method, stage, seed) for method in ("pt", "lopa") for stage, seed in expected]
+    for method, row in zip(("pt", "lopa"), table.splitlines()[2:]):
+        trials = [run for run in runs if run["method"] == method and run["stage"] == "trial"]
+        scored = [run for run in runs if run["method"] == method and run["stage"] == "seed"]
+        best = max(trials, key=lambda run: run["accuracy"])["lr"]
+        assert tuple(run["lr"] for run in trials) == compare.LEARNING_RATES[method]
+        assert {run["lr"] for run in scored} == {best}
+        assert f"{sum(run['accuracy'] for run in scored) / 2:.3f} ± " in row and f"| {best:g} |" in row
+    for run, (config, problem) in zip(runs, fitted):                   # trials see 160 rows, score 40 others
+        names = {"trial": (160, "held-out training rows"), "seed": (200, "dev")}
+        assert (len(problem.train), problem.test_name) == names[run["stage"]]
+        assert config.init_std == train.INIT_STD[config.method]
+
+    lines = (tmp_path / "runs.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "runs.jsonl").write_text("".join(lines[:-1]))          # as if interrupted in the last run
+    del fitted[:]
+    compare.main([*flags, "--quiet"])
+    assert len(fitted) == 1
+    again = (tmp_path / "table.md").read_text()
+    assert capsys.readouterr().out == again                            # --quiet: nothing else
+    assert cells_without_seconds(again) == cells_without_seconds(table)
+
+
+def test_a_seed_of_the_table_is_the_run_that_train_py_makes(tiny, tmp_path):
+    compare.main([*QUICK, "--methods", "pt", "--seeds", "1", "--out", str(tmp_path / "study")])
+    *_, run = runs_in(tmp_path / "study")
+    flags = ["--method", "pt", "--seed", "1", "--lr", str(run["lr"]), "--out", str(tmp_path / "run")]
+    train.main([*QUICK, *flags])
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["accuracy"] == run["accuracy"]
+    assert result["trainable_parameters"] == run["trainable_parameters"]
+
+
+def test_another_configuration_is_refused_by_name_and_nothing_is_overwritten(tiny, tmp_path, capsys):
+    flags = [*QUICK, "--methods", "pt", "--seeds", "0", "--out", tmp_path]
+    compare.main([str(flag) for flag in flags])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for change, message in (("--max-train 100", "max_train is 200 there and 100 here"),
+                            ("--rank 2", "rank is 4 there and 2 here"),
+                            ("--dropout 0.5", "dropout is 0.0 there and 0.5 here")):
+        assert f"holds another run: {message}" in refused(capsys, *flags, *change.split())
+    assert "study is compare there and ablate here" in refused(capsys, *QUICK, "--ablate", "--out", tmp_path)
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / "runs.jsonl").write_text("{")
+    assert "runs.jsonl is damaged" in refused(capsys, *flags)
+
+
+def test_a_learning_rate_that_diverges_scores_0_is_said_and_is_not_tried_again(tiny, tmp_path, capsys,
+                                                                              monkeypatch, fitted):
+    monkeypatch.setitem(compare.LEARNING_RATES, "pt", (1e20, 3e-1, 1e20))
+    flags = [*QUICK, "--methods", "pt", "--seeds", "0", "--out", str(tmp_path)]
+    compare.main(flags)
+    assert [line for line in capsys.readouterr().out.splitlines() if "trial 1" in line] == [
+        "  trial 1: pt, lr 1e+20, seed 0, accuracy 0.000, " + runs_in(tmp_path)[0]["diverged"]]
+    assert "not finite" in runs_in(tmp_path)[0]["diverged"] or "loss is" in runs_in(tmp_path)[0]["diverged"]
+    assert runs_in(tmp_path)[-1]["lr"] == 0.3
+    del fitted[:]
+    compare.main(flags)
+    assert not fitted
+    two = [dict(accuracy=0.5), dict(accuracy=0.0, diverged="loss is nan")]
+    assert compare.summary(two) == "0.250 ± 0.354, 1 of 2 diverged"
+
+
+def test_every_ablation_reads_the_same_texts_with_room_for_the_longest_prompt(tiny, tmp_path, monkeypatch):
+    prepared, fits = [], []
+    monkeypatch.setattr(train, "prepare", lambda config, prepare=train.prepare: prepared.append(config)
+                        or prepare(config))
+    monkeypatch.setattr(train, "fit", lambda config, model, problem: fits.append((config, model, problem))
+                        or [dict(epoch=1, loss=1.0, accuracy=0.5, seconds=1.0)])
+    compare.main([*QUICK, "--ablate", "--seeds", "0,1", "--out", str(tmp_path / "ten")])
+    assert [train.text_room(config, tiny[0], InstanceEncoder(tiny[0])) for config in prepared] == [128 - 25]
+    table = (tmp_path / "ten" / "table.md").read_text().splitlines()
+    assert [row.split(" | ")[0].strip("| ") for row in table[2:]] == list(compare.ABLATIONS)
+    assert table[2] == "| as it is | 28,200 | 0.500 ± 0.000 | 0.001 | 1.0 |"
+    assert len(fits) == len(compare.ABLATIONS) * 5
+    *_, (config, _, one), (_, _, other) = fits                          # of the last row: shuffled by seed
+    assert config.shuffle_instances and not torch.equal(one.train.instances, other.train.instances)
+    sorted_h = [p.train.instances.sort(dim=0).values for p in (one, fits[3][2])]
+    assert torch.equal(*sorted_h) and not fits[3][0].shuffle_instances
+    longer = ["--num-virtual-tokens", "15", "--seeds", "0", "--out", str(tmp_path / "fifteen")]
+    compare.main([*QUICK, "--ablate", *longer])
+    assert prepared[-1].num_virtual_tokens == 30                       # concat is twice as long
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("", "name a task: --task sst2 or mnli"),
+    ("--task sst2 --methods lopa,lora2", "argument --methods: lora2 is none of pt, dpt"),
+    ("--task sst2 --methods pt,lopa,pt", "argument --methods: pt is named twice"),
+    ("--task sst2 --seeds a", "argument --seeds: a is not a list of whole numbers"),
+    ("--task sst2 --seeds 0,", "argument --seeds: 0, is not a list of whole numbers"),
+    ("--task sst2 --seeds 0,0", "argument --seeds: 0 is named twice"),
+    ("--task sst2 --lr 0.1", "argument --lr: has no effect here"),
+    ("--task sst2 --seed 0", "argument --seed: has no effect here"),
+    ("--task sst2 --method pt", "argument --method: has no effect here"),
+    ("--task sst2 --init-std 1", "argument --init-std: has no effect here"),
+    ("--task sst2 --resume runs/x", "argument --resume: has no effect here"),
+    ("--task sst2 --predict x --adapter y", "argument --predict: has no effect here"),
+    ("--task sst2 --holdout 5", "argument --holdout: has no effect here"),
+    ("--task sst2 --save-every 5", "argument --save-every: has no effect here"),
+    ("--task sst2 --tune-encoder", "argument --tune-encoder: has no effect here"),
+    ("--task sst2 --shuffle-instances", "argument --shuffle-instances: has no effect here"),
+    ("--task sst2 --compare", "argument --compare: has no effect here"),
+    ("--task sst2 --ablate --methods pt", "argument --methods: --ablate changes lopa alone"),
+    ("--task sst2 --ablate --fusion concat", "argument --fusion: --ablate tries concat too"),
+    ("--task sst2 --epochs 0", "argument --epochs: 0 is not a positive number"),
+    ("--task sst2 --dropout 2", "argument --dropout: 2.0 is not between 0 and 1"),
+    ("--task sst2 --max-train 4", "4 training rows are too few to hold out a fifth of them: 5 at least"),
+    ("--task sst2 --num-virtual-tokens 64 --ablate", "128 prompt tokens leave no room for text"),
+    ("--task sst2 --data nowhere", "nowhere/SST-2/train.tsv not found"),
+])
+def test_bad_flags_get_one_clear_line(tiny, capsys, tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    assert f"compare: error: {message}" in refused(capsys, *flags.split())
+    assert not list(tmp_path.iterdir())                                # nothing was written
+
+
+def test_torchrun_is_refused(capsys, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert "start it without torchrun" in refused(capsys, *QUICK)
+
+
+def test_ctrl_c_ends_with_one_line(tiny, capsys, tmp_path, monkeypatch):
+    def fit(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "fit", fit)
+    with pytest.raises(SystemExit) as stop:
+        compare.main([*QUICK, "--out", str(tmp_path)])
+    assert stop.value.code == 130
+    assert "the same command goes on after the last finished run" in capsys.readouterr().err
+
+
+def test_a_study_has_a_folder_of_its_own_that_says_what_is_in_it():
+    def folder(**changes):
+        return str(compare.default_folder(train.Config("sst2", **changes), "compare"))
+
+    assert folder() == "runs/sst2-compare-tiny"
+    assert folder(rank=2, data="glue/data") == "runs/sst2-compare-tiny-data-data-rank-2"
+    assert folder(out="here") == "here"
+
+
+def test_the_help_names_the_flags_that_count_and_no_others():
+    command = [sys.executable, "-m", "experiments.compare", "--help"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    flags = set(re.findall(r"^ +(--[\w-]+)", printed, flags=re.MULTILINE))
+    assert {"--task", "--ablate", "--methods", "--seeds", "--rank", "--model", "--cache"} <= flags
+    assert not flags & {"--" + name.replace("_", "-") for name in compare.REFUSED}
+
+
+def test_the_benchmark_finds_the_losses_and_weights_of_the_naive_way_equal(capsys):
+    from experiments import benchmark
+
+    benchmark.same_losses()
+    assert "mean losses differ by" in capsys.readouterr().out
+
+
+def test_every_picture_can_be_drawn_from_runs(tiny, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from experiments import figures
+
+    runs = tmp_path / "runs"
+    study = ["--methods", "pt,lora,lopa", "--seeds", "0,1", "--out", str(runs / "sst2-compare-tiny")]
+    compare.main([*QUICK, *study])
+    for method in ("pt", "lopa"):
+        train.main([*QUICK, "--method", method, "--out", str(runs / f"sst2-{method}-tiny-seed0")])
+    figures.main(runs, tmp_path)
+    drawn, kept = ({path.name for path in folder.glob("*.svg")} for folder in (tmp_path, ROOT / "assets"))
+    assert drawn == kept
