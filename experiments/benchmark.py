@@ -1,0 +1,279 @@
+"""How long a step takes, what it could take, and where the time goes: python -m experiments.benchmark
+
+Times differ between machines, so every comparison is a ratio of two times measured in turn in one process.
+The work is GPT-2 small's shape with random weights, LoPA with m = 10, r = 4, H = 256, batches of 16 texts as
+long as SST-2's.
+
+    naive   the encoder runs at every step, batches are random and padded to their longest text, logits are
+            computed at every position: what the released code does
+    ours    the step of train.fit, one batch of train.parts at a time; then train.fit itself, to see that it
+            takes as long
+    limit   nothing but the frozen blocks' matrix products, forward and back to the inputs, on real tokens
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import data
+import train
+from lopa import get_nb_trainable_parameters
+from model import GPT, GPTConfig, InstanceEncoder, cosine_factor
+
+ROOT = Path(train.__file__).parent
+
+# How many of SST-2's 67,349 training sentences have 4, 5, 6, ... tokens, the template's four included.
+SST2_LENGTHS = [
+    491, 4487, 6852, 6118, 5122, 4374, 3780, 3354, 3051, 2665, 2362, 2181, 1925, 1843, 1674, 1516, 1364,
+    1264, 1187, 1091, 1041, 897, 876, 799, 718, 610, 616, 553, 487, 466, 442, 366, 351, 343, 253, 240, 229,
+    194, 181, 134, 134, 99, 80, 85, 82, 60, 45, 47, 32, 30, 36, 32, 16, 14, 9, 13, 9, 9, 11, 4, 2, 1, 0, 2]
+BATCH_SIZE, M = 16, 10
+CONFIG = dict(task="sst2", epochs=1, batch_size=BATCH_SIZE, lr=1e-4, num_virtual_tokens=M, rank=4,
+              hidden_dim=256, dropout=0.0, init_std=1.0, device="cpu", quiet=True)
+
+
+def random_split(num_rows: int, vocab_size: int, device: str) -> data.Encoded:
+    """Random tokens in texts of SST-2's lengths, random labels of two."""
+    lengths = 4 + torch.multinomial(torch.tensor(SST2_LENGTHS, dtype=torch.float), num_rows, replacement=True)
+    tokens = torch.randint(vocab_size, (num_rows, int(lengths.max())))
+    return data.Encoded(tokens, lengths, torch.randint(2, (num_rows,))).to(device)
+
+
+def random_gpt(config: GPTConfig, device: str = "cpu", dtype: torch.dtype = torch.float32) -> GPT:
+    """A frozen GPT with random weights, the same ones each time."""
+    torch.manual_seed(0)
+    return GPT(config).to(device, dtype).requires_grad_(False)
+
+
+def problem_of(gpt: GPT, split: data.Encoded) -> train.Problem:
+    """Train on the split, score its first row; h is computed here."""
+    encoder, label_ids = InstanceEncoder(gpt), torch.tensor([5, 7], device=split.labels.device)
+    split.instances = train.instance_embeddings(encoder, split)
+    return train.Problem(gpt, encoder, label_ids, split, {"first row": split[:1]})
+
+
+def adamw(model: train.Adapted, config: train.Config) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.trained().values(), lr=config.lr, weight_decay=0.0)
+
+
+def step(model: train.Adapted, optimizer: torch.optim.Optimizer, logits: Tensor, labels: Tensor) -> Tensor:
+    """From logits of the label words (B, labels) to new weights; returns the loss."""
+    loss = F.cross_entropy(logits, labels)
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.trained().values(), 1.0)
+    optimizer.step()
+    return loss.detach()
+
+
+def our_step(model: train.Adapted, optimizer: torch.optim.Optimizer, batch: data.Encoded) -> Tensor:
+    return step(model, optimizer, model(batch.tokens, batch.lengths, batch.instances), batch.labels)
+
+
+def naive_step(model: train.Adapted, encoder: InstanceEncoder, optimizer: torch.optim.Optimizer,
+               batch: data.Encoded) -> Tensor:
+    with torch.no_grad():
+        h = encoder(batch.tokens, batch.lengths)
+    inputs_embeds = model.prompt(model.gpt.embed(batch.tokens), h)     # (B, m + T, d)
+    logits = model.gpt.logits(model.gpt.hidden(inputs_embeds))         # (B, m + T, vocab_size)
+    target = logits[torch.arange(len(batch), device=logits.device), M + batch.lengths - 1]
+    target = target[:, model.label_ids].to(torch.promote_types(target.dtype, torch.float32))
+    return step(model, optimizer, target, batch.labels)
+
+
+def matrix_products(gpt: GPT, num_tokens: int) -> float:
+    """The blocks' products for `num_tokens` rows, forward and to the inputs; returns how many operations."""
+    operations = 0
+    for block in gpt.h:
+        for linear in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
+            weight = linear.weight                                     # (out, in)
+            x = weight.new_ones(num_tokens, weight.shape[1])
+            (x @ weight.T) @ weight                                    # forward; gradient to the input
+            operations += 4 * num_tokens * weight.numel()
+    return operations
+
+
+def seconds(function: Callable, device: str = "cpu") -> float:
+    if device != "cpu":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    function()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def an_epoch(device: str, dtype: torch.dtype, num_rows: int) -> None:
+    """Naive, ours and the limit, one batch of each in turn; then the same epoch by train.fit."""
+    config, gpt = train.Config(**CONFIG | dict(device=device)), random_gpt(GPTConfig(), device, dtype)
+    split = random_split(num_rows, 50257, device)
+    embedding = seconds(lambda: problem_of(gpt, split), device)
+    problem = problem_of(gpt, split)
+    model = train.build(config, problem).train()
+    optimizer = adamw(model, config)
+    order = train.shuffled_batches(split, BATCH_SIZE, torch.Generator().manual_seed(config.seed))
+    ours = [batch for batch, _ in train.parts(split, order)]
+    naive = list(train.batches(split, torch.randperm(num_rows).to(device).split(BATCH_SIZE)))
+    naive_step(model, problem.encoder, optimizer, naive[0])            # not timed: the first step allocates
+    times, operations = {"naive": 0.0, "ours": 0.0, "limit": 0.0}, []
+    for naive_batch, batch in zip(naive, ours):
+        real = int(batch.lengths.sum()) + M * len(batch)
+        times["naive"] += seconds(lambda: naive_step(model, problem.encoder, optimizer, naive_batch), device)
+        times["ours"] += seconds(lambda: our_step(model, optimizer, batch), device)
+        times["limit"] += seconds(lambda: operations.append(matrix_products(gpt, real)), device)
+    fit = seconds(lambda: train.fit(config, train.build(config, problem), problem), device)
+    tokens = int(split.lengths.sum())
+    padded = [sum(batch.tokens.numel() for batch in way) for way in (naive, ours)]
+    print(f"\nan epoch of {num_rows} texts, {tokens} tokens, on {device}, {str(dtype)[6:]}; padded to "
+          f"{padded[0]} (naive), {padded[1]} (ours)")
+    for name, time_taken in times.items():
+        print(f"  {name:6} {time_taken:7.2f} s   {time_taken / times['limit']:5.2f} x limit   "
+              f"{tokens / time_taken:7.0f} tokens/s")
+    naive_time, our_time, limit = times.values()
+    print(f"  naive / ours {naive_time / our_time:.2f}; ours takes {our_time / limit:.2f} x the limit, "
+          f"{sum(operations) / limit / 1e9:.0f} GFLOP/s\n"
+          f"  the same epoch by train.fit: {fit:.2f} s; h, once for all epochs: {embedding:.2f} s")
+
+
+def same_losses() -> None:
+    """train.fit and the naive steps on the same batches in float64: the same losses and weights."""
+    gpt = random_gpt(GPTConfig(vocab_size=100, n_positions=128, n_embd=64, n_layer=2, n_head=4,
+                               initializer_range=0.08), dtype=torch.float64)
+    config = train.Config(**CONFIG | dict(lr=3e-3))
+    problem = problem_of(gpt, random_split(320, 100, "cpu"))
+    split = problem.train
+    split.instances = problem.encoder(split.tokens, split.lengths)     # in float64: train.py keeps float32
+    problem.tests = {"first row": split[:1]}
+    model, naive = (train.build(config, problem).double() for _ in range(2))
+    our_loss = train.fit(config, model, problem)[0]["loss"]
+    optimizer, losses = adamw(naive, config), []
+    order = train.shuffled_batches(split, BATCH_SIZE, torch.Generator().manual_seed(config.seed))
+    steps = len(order)
+    for number, batch in enumerate(train.batches(split, order)):
+        optimizer.param_groups[0]["lr"] = config.lr * cosine_factor(number, int(0.06 * steps), steps)
+        losses.append(naive_step(naive, problem.encoder, optimizer, batch).item())
+    apart = abs(sum(losses) / len(losses) - our_loss)
+    weights_apart = max((p - naive.trained()[name]).abs().max().item() for name, p in model.trained().items())
+    print(f"\n20 steps in float64, train.fit and naive: mean losses differ by {apart:.1e}, weights by "
+          f"{weights_apart:.1e} at most")
+    assert apart < 1e-10 and weights_apart < 1e-8
+
+
+def peak_memory() -> None:
+    """Each way in a process of its own, as a process's peak never falls; one step on 16 texts."""
+    def peak(way: str) -> int:
+        command = [sys.executable, "-m", "experiments.benchmark", "--peak", way]
+        return int(subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout)
+
+    print(f"peak memory of a step, above the model's: naive {peak('naive')} MB, ours {peak('ours')} MB")
+
+
+def one_peak(way: str) -> None:
+    config, gpt = train.Config(**CONFIG), random_gpt(GPTConfig())
+    split = random_split(BATCH_SIZE, 50257, "cpu")
+    split.instances, encoder = torch.randn(BATCH_SIZE, 768), InstanceEncoder(gpt)
+    model = train.Adapted(config, gpt, encoder, torch.tensor([5, 7]))
+    optimizer = adamw(model, config)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if way == "ours":
+        our_step(model, optimizer, split)
+    else:
+        naive_step(model, encoder, optimizer, split)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+
+
+def growth() -> None:
+    """Step time and parameters as the prompt gets longer and the rank higher; 4 texts of 15 tokens."""
+    print("\ntrainable parameters, and seconds of a step on 4 texts of 15 tokens\n     m   " + "".join(
+        f"{name:>20}" for name in ("prompt tuning", "IDPG", "LoPA r=1", "r=2", "r=4", "r=8")))
+    gpt = random_gpt(GPTConfig())
+    encoder, label_ids = InstanceEncoder(gpt), torch.tensor([5, 7])
+    batch = data.Encoded(torch.randint(50257, (4, 15)), torch.full((4,), 15), torch.randint(2, (4,)),
+                         instances=torch.randn(4, 768))
+    for m in (5, 10, 25, 50, 100):
+        cells = []
+        for method, rank in (("pt", 4), ("idpg", 4), *(("lopa", r) for r in (1, 2, 4, 8))):
+            config = train.Config(**CONFIG | dict(method=method, num_virtual_tokens=m, rank=rank))
+            model = train.Adapted(config, gpt, encoder, label_ids)
+            optimizer = adamw(model, config)
+            best = min(seconds(lambda: our_step(model, optimizer, batch)) for _ in range(3))
+            cells.append(f"{get_nb_trainable_parameters(model.prompt)[0]:>13,} {best:5.2f}s")
+        print(f"  {m:4}   " + "".join(f"{cell:>20}" for cell in cells))
+
+
+@torch.no_grad()
+def latency() -> None:
+    """What the prompt adds to the answer for one text."""
+    gpt, label_ids = random_gpt(GPTConfig()), torch.tensor([5, 7])
+    encoder = InstanceEncoder(gpt)
+    lopa, bare = (train.Adapted(train.Config(**CONFIG | dict(method=method)), gpt, encoder, label_ids)
+                  for method in ("lopa", "none"))
+    tokens, lengths = torch.randint(50257, (1, 15)), torch.tensor([15])
+    h = encoder(tokens, lengths)
+    ways = {"without a prompt": lambda: bare(tokens, lengths, h),
+            "LoPA, h kept": lambda: lopa(tokens, lengths, h),
+            "LoPA, h computed": lambda: lopa(tokens, lengths, encoder(tokens, lengths))}
+    print("\none text of 15 tokens:", ", ".join(
+        f"{name} {1000 * min(seconds(way) for _ in range(10)):.0f} ms" for name, way in ways.items()))
+
+
+def tiny_path() -> None:
+    """python train.py --task sst2, with the tiny GPT in the cache: the parts, and the whole."""
+    config = train.Config("sst2", device="cpu", quiet=True)
+    train.load_model("tiny", config)                                   # pre-trained now, if it was not yet
+    parts = {"import torch": seconds(lambda: subprocess.run([sys.executable, "-c", "import torch"]))}
+    parts["text, tokenizer, model"] = seconds(lambda: train.load_model("tiny", config))
+    began = time.perf_counter()
+    problem = train.prepare(config)
+    parts["data and instance embeddings"] = time.perf_counter() - began - parts["text, tokenizer, model"]
+    model = train.build(config, problem)
+    training = seconds(lambda: train.fit(config, model, problem))
+    scoring = config.epochs * seconds(lambda: train.predict(model, problem.test))
+    parts |= {"training": training - scoring, f"{config.epochs} evaluations on dev": scoring}
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, train.__file__, "--task", "sst2", "--quiet", "--out", out]
+        whole = seconds(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL))
+    print(f"\npython train.py --task sst2: {whole:.1f} s, of which")
+    for name, t in parts.items():
+        print(f"  {t:5.2f} s  {name}")
+    batch = next(train.batches(problem.train, torch.arange(32).split(32)))
+
+    def forward() -> Tensor:
+        return model(batch.tokens, batch.lengths, batch.instances)
+
+    with torch.no_grad():
+        ahead = min(seconds(forward) for _ in range(50))
+    both = min(seconds(lambda: F.cross_entropy(forward(), batch.labels).backward()) for _ in range(50))
+    num_tokens = int(batch.lengths.sum()) + 32 * M
+    products = min(seconds(lambda: matrix_products(problem.gpt, num_tokens)) for _ in range(50))
+    print(f"a step: forward {1000 * ahead:.1f} ms, forward and backward {1000 * both:.1f} ms, its matrix "
+          f"products alone {1000 * products:.1f} ms; the rest is GELU, attention and starting small tasks")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser("benchmark", "python -m experiments.benchmark [flags]", __doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", help="of the epoch: cpu or cuda; the rest is on the CPU")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--rows", type=int, default=320, help="texts of the epoch (default: 320, 20 batches)")
+    parser.add_argument("--peak", choices=["naive", "ours"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.peak:
+        one_peak(args.peak)
+    else:
+        print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads")
+        peak_memory()                                                  # a child's peak begins at its parent's
+        an_epoch(args.device, getattr(torch, args.dtype), args.rows)
+        same_losses()
+        growth()
+        latency()
+        tiny_path()
