@@ -1,0 +1,135 @@
+"""Draw the pictures of README.md and tutorial.md from saved runs:
+
+    python -m pip install -r experiments/requirements.txt
+    python -m experiments.compare --task sst2
+    python train.py --task sst2
+    python train.py --task sst2 --method pt
+    python -m experiments.figures
+"""
+
+import json
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.figure import Figure
+
+import data
+import train
+from experiments.compare import TRAINED
+
+ROOT = Path(train.__file__).parent
+SENTENCES = ["the plot is very witty", "the plot is very dull", "the plot is not dull"]
+COLOURS = {"lopa": "#b3541e", "pt": "#1f5fa8"}
+# A white ground and dark ink: legible on GitHub's light and dark pages alike.
+plt.rcParams |= {"svg.hashsalt": "lopa", "figure.facecolor": "white", "font.size": 10,
+                 "axes.spines.top": False, "axes.spines.right": False}
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run_folder(runs: Path, method: str) -> Path:
+    return runs / f"sst2-{method}-tiny-seed0"
+
+
+def accuracy_against_parameters(folder: Path) -> Figure:
+    by_method = {}
+    for run in lines_of(folder / "sst2-compare-tiny" / "runs.jsonl")[1:]:
+        if run["stage"] == "seed":
+            by_method.setdefault(run["method"], []).append(run)
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for method, runs in by_method.items():
+        scores = [run["accuracy"] for run in runs]
+        size, mean = runs[0]["trainable_parameters"], statistics.mean(scores)
+        server = "server" in TRAINED[method]
+        spread = statistics.stdev(scores) if len(scores) > 1 else 0
+        axes.errorbar(size, mean, spread, fmt="s" if server else "o", capsize=3,
+                      color=COLOURS["lopa"] if method == "lopa" else "#777777" if server else COLOURS["pt"])
+        axes.annotate(method, (size, mean), xytext={"bpt": (7, -11), "lopa": (-10, -16)}.get(method, (7, 4)),
+                      textcoords="offset points")
+    zero_shot = json.loads((run_folder(folder, "lopa") / "result.json").read_text())["zero_shot"]
+    axes.axhline(zero_shot, color="#777777", linewidth=0.8, linestyle="--")
+    axes.text(0.99, zero_shot, "zero-shot", color="#555555", fontsize=9, ha="right", va="bottom",
+              transform=axes.get_yaxis_transform())
+    axes.set(xscale="log", xlabel="trainable parameters (squares: they live in the server's model)",
+             ylabel=f"dev accuracy, {len(scores)} seeds", title="built-in sst2 sample, not GLUE")
+    return figure
+
+
+def training_curves(folder: Path) -> Figure:
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2))
+    for method, colour in COLOURS.items():
+        epochs = lines_of(run_folder(folder, method) / "metrics.jsonl")[1:]
+        for panel, quantity in zip(axes, ("loss", "accuracy")):
+            panel.plot([line["epoch"] for line in epochs], [line[quantity] for line in epochs], "o-",
+                       markersize=3, color=colour, label={"lopa": "LoPA", "pt": "prompt tuning"}[method])
+            panel.set(xlabel="epoch",
+                      ylabel={"loss": "training loss", "accuracy": "dev accuracy"}[quantity])
+    axes[0].legend(frameon=False)
+    return figure
+
+
+def adapted(folder: Path) -> tuple[train.Adapted, torch.Tensor, torch.Tensor]:
+    """(adapted model, h of SENTENCES, probabilities), from a run's folder"""
+    adapter = train.load_adapter(folder)
+    config = train.Config(**adapter["config"] | dict(device="cpu", cache=str(ROOT / ".cache"), quiet=True))
+    gpt, tokenizer, _ = train.load_model(config.model, config)
+    encoder, task = train.load_encoder(config, gpt), data.Task(**adapter["task"])
+    model = train.restore(adapter, gpt, encoder, data.label_tokens(task, tokenizer))
+    split = data.encode(task, [({"sentence": sentence}, 0) for sentence in SENTENCES], tokenizer, 100)
+    split = replace(split, instances=train.instance_embeddings(encoder, split))
+    return model.eval(), split.instances, train.predict(model, split)
+
+
+@torch.no_grad()
+def gates(folder: Path) -> Figure:
+    model, instances, probabilities = adapted(run_folder(folder, "lopa"))
+    U, V = model.prompt.factors(instances)
+    figure, axes = plt.subplots(len(SENTENCES), 1, figsize=(8, 5.2), layout="constrained")
+    images = torch.sigmoid(U @ V.transpose(1, 2))                      # (3, m, d)
+    for panel, sentence, gate, p in zip(axes, SENTENCES, images, probabilities[:, 1]):
+        image = panel.imshow(gate, aspect="auto", cmap="viridis", vmin=0, vmax=1)
+        panel.set(title=f'"{sentence}"  (P(positive) = {p:.2f})', ylabel="virtual token", yticks=[0, 9])
+        panel.title.set_fontsize(10)
+    axes[-1].set_xlabel("embedding feature")
+    figure.colorbar(image, ax=axes, label="gate, sigmoid of U Vᵀ")
+    return figure
+
+
+@torch.no_grad()
+def singular_values(folder: Path) -> Figure:
+    model, instances, _ = adapted(run_folder(folder, "lopa"))
+    U, V = model.prompt.factors(instances)
+    figure, axes = plt.subplots(figsize=(5.5, 3.4))
+    for name, matrix, style in [
+        ("Z_I = U Vᵀ of one sentence", U[2] @ V[2].T, "o-"),
+        ("Z of the same sentence", model.prompt.prompt(instances)[2], "s-"),
+        ("the prompt of prompt tuning", adapted(run_folder(folder, "pt"))[0].prompt.soft_prompt, "^-"),
+    ]:
+        values = torch.linalg.svdvals(matrix)
+        axes.plot(range(1, len(values) + 1), values / values[0], style, markersize=4, label=name)
+    axes.set(xlabel="index", ylabel="singular value / largest")
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+FIGURES = [accuracy_against_parameters, training_curves, gates, singular_values]
+
+
+def main(folder: Path = Path("runs"), out: Path = ROOT / "assets") -> None:
+    for draw in FIGURES:
+        name = draw.__name__.replace("_", "-")
+        figure = draw(folder)
+        figure.savefig(out / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
+        plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
