@@ -240,7 +240,7 @@ def tiny_path() -> None:
     scoring = config.epochs * seconds(lambda: train.predict(model, problem.test))
     parts |= {"training": training - scoring, f"{config.epochs} evaluations on dev": scoring}
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, train.__file__, "--task", "sst2", "--quiet", "--out", out]
+        command = [sys.executable, train.__file__, *"--task sst2 --device cpu --quiet --out".split(), out]
         whole = seconds(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL))
     print(f"\npython train.py --task sst2: {whole:.1f} s, of which")
     for name, t in parts.items():

@@ -1,4 +1,4 @@
-"""README.md, tutorial.md and experiments/README.md follow GitHub's rules: math that renders, links, pictures and anchors that are there."""
+"""The pages follow GitHub's rules: math that renders, links, pictures and anchors that are there."""
 
 import re
 from pathlib import Path
@@ -40,7 +40,7 @@ def test_every_link_picture_and_anchor_is_there(name):
         if target.startswith("https://"):
             continue
         file, _, anchor = target.partition("#")
-        page = (ROOT / name).parent / file if file else ROOT / name    # from the folder of the page that links
+        page = (ROOT / name).parent / file if file else ROOT / name    # from that page's folder
         assert page.is_file() and page.resolve().is_relative_to(ROOT), target
         assert not anchor or anchor in anchors(page), target
 
@@ -61,7 +61,8 @@ def test_inline_math_holds_nothing_that_markdown_eats(name):
         assert len(parts) % 2, paragraph
         for before, math, after in zip(parts[0::2], parts[1::2], parts[2::2]):
             assert not re.search(r"\\[,;:!%\\{}]|[*<|`\n]|[)}]_", math), math
-            assert math == math.strip() and not re.search(r"\w\Z", before) and not re.match(r"\w", after), paragraph
+            assert math == math.strip(), paragraph
+            assert not re.search(r"\w\Z", before) and not re.match(r"\w", after), paragraph
 
 
 @pytest.mark.parametrize("name", PAGES)
