@@ -134,6 +134,23 @@ class Task:
     skip_short_rows: bool = False        # a row with too few columns is left out and counted, not an error
     sample: Callable[[], tuple[list[Row], list[Row]]] | None = None  # built-in train and dev rows
 
+    def __post_init__(self):
+        """ValueError for an entry that cannot work, of yours or in an adapter's file."""
+        texts = [self.folder, self.template, self.label_field, *self.label_names, *self.dev_splits]
+        for mapping in (self.fields, self.label_words):
+            if not isinstance(mapping, dict) or not mapping:
+                raise ValueError(f"task {self.folder}: fields and label_words have to be dictionaries")
+            texts += [*mapping, *mapping.values()]
+        if not all(isinstance(text, str) and text for text in texts):
+            raise ValueError(f"task {self.folder}: names, template and words have to be texts, none empty")
+        named = re.findall(r"{(.*?)}", self.template)
+        if not named or not set(named) <= self.fields.keys():
+            raise ValueError(f"task {self.folder}: the template {short(self.template)!r} has to name fields, "
+                             f"of {', '.join(self.fields)}, and nothing else in braces")
+        if len(self.label_names) != len(self.label_words):
+            raise ValueError(f"task {self.folder}: {len(self.label_names)} label_names for "
+                             f"{len(self.label_words)} label_words")
+
 
 @cache
 def sst2_sample(n_train: int = 4000, n_dev: int = 872, seed: int = 0) -> tuple[list[Row], list[Row]]:
@@ -216,13 +233,15 @@ def pretraining_text(n_documents: int = 20_000, seed: int = 1) -> str:
 # Tokenizer: byte-level BPE (Sennrich et al. 2016) as GPT-2 has it, learned from the text above.
 
 
+WORD = r" ?\w+| ?[^\s\w]+|\s"           # a word or some punctuation, with the space before it
+
+
 def learn_tokenizer(text: str) -> tiktoken.Encoding:
     """Merge the most frequent pair of tokens until every distinct word of `text` is one token.
 
     Each distinct word counts once, so merging is soon over. A word keeps the space before it, as in GPT-2.
     """
-    pattern = r" ?\w+| ?[^\s\w]+|\s"
-    words = sorted(set(re.findall(pattern, text)))
+    words = sorted(set(re.findall(WORD, text)))
     pieces = [[bytes([byte]) for byte in word.encode()] for word in words]
     ranks = {bytes([byte]): byte for byte in range(256)}               # token -> id, in the order of merging
     while pairs := Counter(pair for piece in pieces for pair in zip(piece, piece[1:])):
@@ -234,7 +253,7 @@ def learn_tokenizer(text: str) -> tiktoken.Encoding:
                 if (piece[i], piece[i + 1]) == (left, right):
                     piece[i:i + 2] = [left + right]
                 i += 1
-    return tiktoken.Encoding("tiny", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    return tiktoken.Encoding("tiny", pat_str=WORD, mergeable_ranks=ranks, special_tokens={})
 
 
 def tiny_tokenizer(text: str) -> tiktoken.Encoding:
@@ -242,6 +261,12 @@ def tiny_tokenizer(text: str) -> tiktoken.Encoding:
     filled = [task.template.format(**fields) + "".join(task.label_words.values())
               for task in TASKS.values() if task.sample for fields, _ in task.sample()[0]]
     return learn_tokenizer(text + "\n".join(filled))
+
+
+def unread_words(texts: list[str], tokenizer: tiktoken.Encoding) -> list[str]:
+    """The words that are not one token where they stand: the tiny GPT has never been trained on them."""
+    words = {word for text in texts for word in re.findall(WORD, text)}
+    return sorted(word.strip() for word in words if len(tokenizer.encode_ordinary(word)) > 1)
 
 
 def gpt2_tokenizer() -> tiktoken.Encoding:
@@ -328,7 +353,7 @@ def label_tokens(task: Task, tokenizer: tiktoken.Encoding) -> Tensor:
         tokens = tokenizer.encode_ordinary(word)
         if len(tokens) != 1:
             raise ValueError(f"label word {word!r} (label {label!r}) is {len(tokens)} tokens, it has to be "
-                             "1: choose another, with its leading space")
+                             "1: choose another, with its leading space, or a model that knows more words")
         ids += tokens
     return torch.tensor(ids)
 
@@ -446,10 +471,10 @@ def read_lines(path: Path) -> Iterator[tuple[str, list[str]]]:
                 yield where, text.rstrip("\r\n").split("\t")
 
 
-def short(text: object) -> str:
+def short(text: object, length: int = 80) -> str:
     """What an error line quotes of a file: a damaged one may hold a label of a million characters."""
-    text = str(text)
-    return text if len(text) <= 80 else text[:79] + "…"
+    text = " ".join(str(text).splitlines())
+    return text if len(text) <= length else f"{text[:length // 2]}…{text[-(length // 2 - 1):]}"
 
 
 # -----------------------------------------------------------------------------------------------------------

@@ -32,12 +32,17 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import NoReturn, get_args
+
+try:
+    import fcntl
+except ImportError:                      # Windows has no such locks
+    fcntl = None
 
 import tiktoken
 import torch
@@ -47,6 +52,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
+from data import short
 from lopa import FUSIONS, METHODS, add_lora, get_nb_trainable_parameters
 from model import GPT, PRETRAINING, InstanceEncoder, cosine_factor, pretrain, tiny_config
 
@@ -57,6 +63,13 @@ LEARNING_RATES = {"lopa": 3e-3, "idpg": 1e-2, "pt": 3e-1, "dpt": 3e-2, "bpt": 1e
 # Deviation of the learned prompt at the start. LoPA's is the released code's; a prompt without a gate does
 # better when it starts at the size of the tiny GPT's token embeddings (chosen in the same way).
 INIT_STD = {"lopa": 1.0, "pt": 0.1, "residual": 0.1, "dept": 0.1, "adept": 0.1}
+
+# What the fields of Config may be; flags, adapters and checkpoints are held to it alike.
+CHOICES = {"task": data.TASKS, "method": LEARNING_RATES, "fusion": FUSIONS, "dtype": ("float32", "bfloat16"),
+           "device": ("auto", "cpu", "cuda", "mps")}
+LIMITS = {"seed": (0, 2 ** 31), "pretrain_seed": (0, 2 ** 31), "epochs": (1, 10 ** 6), "rank": (1, 10 ** 4),
+          "hidden_dim": (1, 10 ** 5), "num_virtual_tokens": (1, 10 ** 5), "lr": (1e-12, 1e30),
+          "init_std": (1e-12, 1e3), "dropout": (0, 0.99)}              # the other numbers: 1 to a billion
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. What a run is
@@ -103,19 +116,19 @@ class Config:
     cache: str = str(Path(__file__).parent / ".cache")     # where models and data are kept
 
     def __post_init__(self):
+        for f in fields(self):
+            check_option(f.name, getattr(self, f.name), get_args(f.type) or (f.type,))
         tiny = self.model == "tiny"
         self.encoder = self.encoder or self.model
         self.lr = LEARNING_RATES[self.method] if self.lr is None else self.lr
         self.init_std = INIT_STD.get(self.method, 1.0) if self.init_std is None else self.init_std
         self.hidden_dim = (64 if tiny else 256) if self.hidden_dim is None else self.hidden_dim
         self.dropout = (0.0 if tiny else 0.1) if self.dropout is None else self.dropout
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"argument --dropout: {self.dropout} is not between 0 and 1")
         there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         if self.device == "auto":
             self.device = next(name for name in there if there[name])
         if not there[self.device.partition(":")[0]]:
-            raise ValueError(f"argument --device: PyTorch finds no {self.device} here: use --device auto")
+            raise ValueError(f"--device: PyTorch finds no {self.device} here: use --device auto")
 
     def deciding(self) -> dict:
         """The fields that decide the result, by name."""
@@ -138,6 +151,21 @@ class Config:
             print(text, flush=True)
 
 
+def check_option(name: str, value, kinds: tuple[type, ...]) -> None:
+    """ValueError if a field of Config has a value of none of these types, or one that it may not have."""
+    flag = "--" + name.replace("_", "-")
+    if value is None and type(None) in kinds:
+        return
+    if type(value) not in kinds and not (type(value) is int and float in kinds):
+        raise ValueError(f"{flag}: {value!r} is no {kinds[0].__name__}")
+    if name in CHOICES and value not in CHOICES[name] and name != "device":
+        raise ValueError(f"{flag}: {value!r} is none of {', '.join(CHOICES[name])}")
+    if kinds[0] in (int, float):
+        least, most = LIMITS.get(name, (1, 10 ** 9))
+        if not least <= value <= most:
+            raise ValueError(f"{flag}: {value} is not between {least} and {most}")
+
+
 # ------------------------------------------------------------------------------------------------------------
 # 2. The model with one method on it: from text to the scores of the label words
 
@@ -145,13 +173,16 @@ class Config:
 class Adapted(nn.Module):
     """A frozen GPT with one method on it. What requires a gradient is what is trained, saved and counted.
 
-    config.method: a key of lopa.METHODS, or "lora", "full" or "none" (zero-shot). LoRA, full fine-tuning and
-    a tuned encoder work on copies: `gpt` and `encoder` themselves never change. label_ids: (labels,), tokens.
+    config.method: a key of lopa.METHODS, or "lora" or "full"; without a config the model is bare, zero-shot.
+    LoRA, full fine-tuning and a tuned encoder work on copies, the latter two in float32: `gpt` and `encoder`
+    themselves never change. label_ids: (labels,), tokens.
     """
 
-    def __init__(self, config: Config, gpt: GPT, encoder: InstanceEncoder, label_ids: Tensor):
+    def __init__(self, config: Config | None, gpt: GPT, encoder: InstanceEncoder, label_ids: Tensor):
         super().__init__()
         self.gpt, self.label_ids, self.prompt, self.encoder = gpt, label_ids, None, None
+        if config is None:
+            return
         if config.method in METHODS:
             self.prompt = METHODS[config.method](
                 embed_dim=gpt.config.n_embd, instance_dim=len(encoder.mean),
@@ -161,11 +192,11 @@ class Adapted(nn.Module):
         elif config.method == "lora":
             self.gpt = add_lora(copy.deepcopy(gpt), config.rank)
         elif config.method == "full":
-            self.gpt = copy.deepcopy(gpt).requires_grad_(True)
-        elif config.method != "none":
+            self.gpt = copy.deepcopy(gpt).float().requires_grad_(True)
+        else:
             raise ValueError(f"unknown method {config.method!r}: choose one of {', '.join(LEARNING_RATES)}")
         if config.tune_encoder:
-            self.encoder = copy.deepcopy(encoder).requires_grad_(True)
+            self.encoder = copy.deepcopy(encoder).float().requires_grad_(True)
             self.encoder.gpt.h = self.encoder.gpt.h[:encoder.num_blocks]       # drop what h never sees
             self.encoder.gpt.ln_f = nn.Identity()
         self.to(label_ids.device)
@@ -216,7 +247,7 @@ def fit(config: Config, model: Adapted, problem: "Problem", folder: Path | None 
     shuffle = torch.Generator().manual_seed(config.seed)               # of the order of the rows alone
     done, losses, metrics = 0, [], []
     if state:
-        done, losses, metrics = restore_checkpoint(state, model, optimizer)
+        done, losses, metrics = restore_checkpoint(state, model, optimizer, steps_per_epoch, total_steps)
         began -= state["seconds"]
     progress = tqdm(total=total_steps, initial=done, desc="training", leave=False,
                     disable=config.quiet or None)                      # None: shown on a terminal alone
@@ -254,7 +285,7 @@ def fit(config: Config, model: Adapted, problem: "Problem", folder: Path | None 
                 if saves:
                     save_checkpoint(folder, saved(config, model, problem) | dict(
                         config=asdict(config), step=step, losses=per_process(losses), metrics=metrics,
-                        seconds=time.time() - began, optimizer=optimizer.state_dict()))
+                        seconds=time.time() - began, moments=moments(model, optimizer)))
                 if pressed:
                     raise KeyboardInterrupt(f"interrupted at step {step} of {total_steps}")
     return metrics
@@ -384,10 +415,9 @@ def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor) -> Tensor:
     return with_bias(test) @ torch.linalg.solve(X.T @ X + ridge, X.T @ Y)
 
 
-def baselines(config: Config, problem: "Problem") -> dict[str, float]:
+def baselines(problem: "Problem") -> dict[str, float]:
     """Accuracies without a trained method: of the commonest label, the bare model, h without the model."""
-    test, zero_shot = problem.test, replace(config, method="none", tune_encoder=False)
-    bare = Adapted(zero_shot, problem.gpt, problem.encoder, problem.label_ids)
+    test, bare = problem.test, Adapted(None, problem.gpt, problem.encoder, problem.label_ids)
     probe = linear_probe(problem.train.instances, problem.train.labels, test.instances)
     majority = (test.labels == problem.train.labels.bincount().argmax()).float().mean().item()
     return dict(majority=majority, zero_shot=accuracy(predict(bare, test), test.labels),
@@ -421,10 +451,19 @@ class Problem:
         return self.tests[self.test_name]
 
     def hold_out(self, count: int) -> "Problem":
-        """The last `count` training rows as the rows to score, the others to train on; dev is not in it."""
-        if count >= len(self.train):
-            raise ValueError(f"--holdout {count} leaves nothing of {len(self.train)} training rows: lower it")
-        return replace(self, train=self.train[:-count], tests={"held-out training rows": self.train[-count:]})
+        """`count` training rows as the rows to score, the others to train on; dev is not in it.
+
+        Drawn with a fixed seed, as many of each label as is its share: a file may be sorted by label.
+        """
+        N = len(self.train)
+        if count > N - 2:
+            raise ValueError(f"--holdout {count} leaves less than 2 of {N} training rows: lower it")
+        drawn = torch.randperm(N, generator=torch.Generator().manual_seed(0))
+        by_label = drawn[self.train.labels.cpu()[drawn].argsort(stable=True)]
+        held = torch.zeros(N, dtype=torch.bool)
+        held[by_label[torch.arange(count) * N // count]] = True        # evenly spaced among the sorted labels
+        held = held.to(self.train.labels.device)
+        return replace(self, train=self.train[~held], tests={"held-out training rows": self.train[held]})
 
     def shuffled(self, seed: int) -> "Problem":
         """The control: every text gets the instance embedding of some other text."""
@@ -432,7 +471,9 @@ class Problem:
 
         def shuffle(split: data.Encoded) -> data.Encoded:
             order = torch.randperm(len(split), generator=generator).to(split.labels.device)
-            return replace(split, instances=split.instances[order])
+            instances = torch.empty_like(split.instances)
+            instances[order] = split.instances[order.roll(1)]          # the one before it in a random circle
+            return replace(split, instances=instances)
 
         return replace(self, train=shuffle(self.train),
                        tests={name: shuffle(split) for name, split in self.tests.items()})
@@ -441,10 +482,16 @@ class Problem:
 def prepare(config: Config) -> Problem:
     """Read the data, load or pre-train the model, encode the texts, compute the instance embeddings."""
     task = data.TASKS[config.task]
+    for name in {config.model, config.encoder} - {"tiny", *data.GPT2_MODELS}:
+        if not Path(name).is_dir():
+            raise ValueError(f"there is no model {short(name)}: name tiny, {', '.join(data.GPT2_MODELS)} or "
+                             "a folder")
     with one_process_first():                                          # it downloads and pre-trains for all
         train_rows, dev_rows, source = data.load_task(
             config.task, config.data, config.max_train, sample=config.model == "tiny", cache_dir=config.cache,
             quiet=config.quiet)
+        if len(train_rows) < 2:
+            raise ValueError(f"{source}: 1 training row, but h is scaled by a deviation, which takes 2")
         gpt, tokenizer, pretrain_seconds = load_model(config.model, config)
         encoder = load_encoder(config, gpt)
     frozen = fingerprint(gpt, encoder)
@@ -497,7 +544,8 @@ def load_model(name: str, config: Config) -> tuple[GPT, tiktoken.Encoding, float
     if gpt.config.vocab_size != tokenizer.n_vocab:
         raise ValueError(f"{name} has {gpt.config.vocab_size} tokens, GPT-2's tokenizer {tokenizer.n_vocab}: "
                          "name a model that was trained with it")
-    return gpt.to(config.device).requires_grad_(False).eval(), tokenizer, seconds
+    gpt = gpt.to(config.device, getattr(torch, config.dtype))
+    return gpt.requires_grad_(False).eval(), tokenizer, seconds
 
 
 def tiny_gpt(seed: int, cache_dir: str | Path, device: str,
@@ -514,10 +562,11 @@ def tiny_gpt(seed: int, cache_dir: str | Path, device: str,
     path = Path(cache_dir) / f"tiny-{hashlib.sha256(made_from).hexdigest()[:12]}.pt"
     if path.exists():
         gpt = GPT(config).to(device)
-        gpt.load_state_dict(data.load_file(path))
+        load_tensors(gpt.state_dict(), data.load_file(path), path)
         return gpt, tokenizer, 0.0
     newline = tokenizer.encode_single_token("\n")
     starts = torch.cat([torch.zeros(1, dtype=torch.long), (token_ids == newline).nonzero().flatten() + 1])
+    require_writable(path.parent)                                      # before the work, not after it
     began = time.time()
     gpt = pretrain(config, token_ids, starts, seed, device,
                    partial(tqdm, desc="pre-training the tiny GPT, once", disable=quiet or None))
@@ -553,6 +602,9 @@ def text_room(config: Config, gpt: GPT, encoder: InstanceEncoder) -> int:
 
 FORMAT = 2                               # of adapters and checkpoints
 CHECKPOINTS = ("checkpoint.pt", "checkpoint-before.pt")
+ADAPTER_KEYS = dict(format=int, config=dict, depends_on=dict, task=dict, instance_mean=Tensor,
+                    instance_std=Tensor, tensors=dict)
+CHECKPOINT_KEYS = ADAPTER_KEYS | dict(step=int, losses=Tensor, metrics=list, seconds=float, moments=dict)
 
 
 def saved(config: Config, model: Adapted, problem: Problem) -> dict:
@@ -574,103 +626,196 @@ def save_checkpoint(folder: Path, state: dict) -> None:
         data.save_file(newest, state)
 
 
+def load_state(path: Path) -> dict:
+    """The content of an adapter or a checkpoint. ValueError: it is neither, or not as this program saves it.
+
+    Its tensors are checked when the model is there that they belong to: load_tensors.
+    """
+    try:
+        state = data.load_file(path)
+        if state["format"] != FORMAT:
+            raise ValueError(f"format {state['format']} instead of {FORMAT}")
+        if {name: type(value) for name, value in state.items()} not in (ADAPTER_KEYS, CHECKPOINT_KEYS):
+            raise ValueError("other content")
+        Config(**state["config"] | dict(device="auto"))
+        data.Task(**state["task"])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged, or no file of this program ({short(error)}): delete it, or "
+                         "name another folder") from None
+    return state
+
+
 def earlier_run(folder: Path) -> dict | None:
-    """The newest checkpoint of the folder that can be read, or its adapter, or None if there is neither."""
-    for path in (folder / name for name in CHECKPOINTS):
-        if path.exists():
+    """The newest checkpoint of the folder that can be read, or its adapter; None where no run has been.
+
+    ValueError where nothing can be read though a name that we would write is taken: that file is not ours.
+    """
+    problem = None
+    for name in (*CHECKPOINTS, "adapter.pt", "metrics.jsonl", "result.json"):
+        if (folder / name).exists():
             try:
-                return data.load_file(path)
+                state = load_state(folder / name)
             except ValueError as error:
-                print(f"train.py: {error}; trying the one before it", file=sys.stderr)
-    return load_adapter(folder) if (folder / "adapter.pt").exists() else None
+                problem = problem or error
+                continue
+            if problem:
+                print(f"train.py: {problem}; using {name}", file=sys.stderr)
+            return state
+    if problem:
+        raise problem
 
 
 def require_same_run(folder: Path, there: dict, here: dict) -> None:
     """ValueError if the run in the folder depends on something else, and so is another one."""
     for name, value in here.items():
         if there.get(name) != value:
-            raise ValueError(f"{folder} holds another run: {name} is {there.get(name)} there and {value} "
-                             "here: name another folder with --out")
+            raise ValueError(f"{folder} holds another run: {name} is {short(there.get(name))} there and "
+                             f"{short(value)} here: name another folder with --out")
 
 
-def restore_checkpoint(state: dict, model: Adapted,
-                       optimizer: torch.optim.Optimizer) -> tuple[int, list[Tensor], list[dict]]:
+def moments(model: Adapted, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What AdamW remembers of every trained tensor, by name: its steps, its averages of the gradient."""
+    return {f"{name}.{key}": optimizer.state[p][key] for name, p in model.trained().items()
+            for key in ("step", "exp_avg", "exp_avg_sq")}
+
+
+def restore_checkpoint(state: dict, model: Adapted, optimizer: torch.optim.Optimizer, steps_per_epoch: int,
+                       total_steps: int) -> tuple[int, list[Tensor], list[dict]]:
     """Put a checkpoint's tensors where they were -> (steps done, this epoch's losses, metrics so far)."""
     process, num_processes = rank_and_world_size()
-    if (there := len(state["losses"])) != num_processes:
-        raise ValueError(f"the checkpoint is of {there} processes and this run has {num_processes}: "
+    step, losses, metrics = state["step"], state["losses"], state["metrics"]
+    if losses.ndim == 2 and len(losses) != num_processes:
+        raise ValueError(f"the checkpoint is of {len(losses)} processes and this run has {num_processes}: "
                          "start as many as before")
-    load_tensors(model, state["tensors"])
-    optimizer.load_state_dict(state["optimizer"])
-    losses = state["losses"][process].float().to(model.label_ids.device)
-    return state["step"], list(losses), state["metrics"]
-
-
-def load_adapter(folder: str | Path) -> dict:
-    """The content of DIR/adapter.pt, as `run` saved it."""
-    path = Path(folder) / "adapter.pt"
-    adapter = data.load_file(path)
-    if not isinstance(adapter, dict) or adapter.get("format") != FORMAT:
-        raise ValueError(f"{path} is no adapter of format {FORMAT}: train it again with this version")
-    return adapter
+    if (not 0 < step <= total_steps or losses.shape != (num_processes, step % steps_per_epoch)
+            or [line.get("epoch") for line in metrics] != list(range(1, step // steps_per_epoch + 1))):
+        raise ValueError(f"the checkpoint after step {step} does not fit a run of {total_steps}: start again")
+    for p in model.trained().values():
+        optimizer.state[p] = dict(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p),
+                                  exp_avg_sq=torch.zeros_like(p))
+    load_tensors(model.trained() | moments(model, optimizer), state["tensors"] | state["moments"],
+                 "the checkpoint")
+    return step, list(losses[process].float().to(model.label_ids.device)), metrics
 
 
 def restore(adapter: dict, gpt: GPT, encoder: InstanceEncoder, label_ids: Tensor) -> Adapted:
     """An adapter, and the model and encoder it was trained on -> the adapted model; fits the encoder too.
 
-    Raises ValueError for another model and for missing, unexpected or misshapen tensors.
+    Raises ValueError for another model and for tensors that are not this method's.
     """
-    trained_on, at_hand = adapter["depends_on"]["fingerprint"], fingerprint(gpt, encoder)
+    trained_on, at_hand = adapter["depends_on"].get("fingerprint"), fingerprint(gpt, encoder)
     if trained_on != at_hand:
-        raise ValueError(f"this adapter was trained on another model ({trained_on}) than the one at hand "
-                         f"({at_hand}): use that model or train again")
-    encoder.mean = adapter["instance_mean"].to(label_ids.device)
-    encoder.std = adapter["instance_std"].to(label_ids.device)
+        raise ValueError(f"this adapter was trained on another model ({short(trained_on)}) than the one at "
+                         f"hand ({at_hand}): use that model or train again")
+    scale = dict(instance_mean=encoder.mean, instance_std=encoder.std)
+    load_tensors(scale, {name: adapter[name] for name in scale}, "the adapter")
+    if not (encoder.std > 0).all():
+        raise ValueError("the adapter: a deviation in instance_std is not above 0: train again")
     model = Adapted(Config(**adapter["config"] | dict(device="cpu")), gpt, encoder, label_ids)
-    load_tensors(model, adapter["tensors"])
+    load_tensors(model.trained(), adapter["tensors"], "the adapter")
     return model
 
 
-def load_tensors(model: Adapted, found: dict[str, Tensor]) -> None:
-    """Copy saved tensors into what is trained. ValueError for missing, unexpected and misshapen ones."""
-    wanted = model.trained()
+def load_tensors(wanted: dict[str, Tensor], found: dict[str, Tensor], where: str | Path) -> None:
+    """Copy `found` into `wanted`. ValueError, with nothing changed, if a tensor is missing, unknown, of
+    another form or not finite."""
+    def form(tensor) -> str:
+        if not isinstance(tensor, Tensor) or tensor.is_meta or tensor.layout != torch.strided:
+            return "no tensor"
+        return f"{list(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"
+
     for name in wanted | found:
-        shapes = [list(tensors[name].shape) if name in tensors else "none" for tensors in (wanted, found)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(f"tensor {name!r}: the method needs {shapes[0]}, the file has {shapes[1]}: "
-                             "the file is damaged, train again")
-        wanted[name].data.copy_(found[name])
+        if (needed := form(wanted.get(name))) != (there := form(found.get(name))):
+            raise ValueError(f"{where}: {short(repr(name))} is {there} and should be {needed}: it is "
+                             "damaged, or another model's")
+        if not found[name].isfinite().all():
+            raise ValueError(f"{where}: {name!r} has numbers that are not finite: train again")
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.copy_(found[name])
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Nobody else runs in the folder meanwhile: ValueError if somebody does. It ends with the process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if fcntl:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ValueError(f"{folder} is in use by another run: name another folder with --out") from None
+    finally:
+        os.close(descriptor)
+
+
+def require_writable(folder: Path) -> None:
+    """OSError if nothing can be saved in the folder, which need not be there yet."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise OSError(f"nothing can be saved in {folder}, because of {there}: name another folder with --out "
+                      "or --cache")
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 7. What the command line can ask for: a run, or a prediction
 
 
-def run(config: Config, state: dict | None = None) -> dict:
+def run(config: Config, resume: bool = False) -> dict:
     """Train and score one method; leave adapter.pt, metrics.jsonl and result.json in the run folder.
 
-    `state`, from --resume, is the checkpoint to go on from, or the adapter of a run that is finished. What an
-    earlier run has left in the folder stays until the new result takes its place.
+    What an earlier run has left in the folder stays until the new result takes its place.
     """
     folder = config.folder
+    require_writable(folder)
+    state = earlier_run(folder) if resume else None
     if state and "step" not in state:
         require_same_run(folder, state["config"], config.deciding())
-        config.say(f"{folder} is finished")
-        return json.loads((folder / "result.json").read_text())
+        return finished(config)
     problem = prepare(config)
     model = build(config, problem)
     depends_on = saved(config, model, problem)["depends_on"]
-    if earlier := state or earlier_run(folder):
-        require_same_run(folder, earlier["depends_on"], depends_on)
-        if state:
-            config.say(f"going on after step {state['step']}")
-        elif "step" in earlier:
-            config.say(f"starting anew; after step {earlier['step']} goes on: --resume {folder}")
+    with locked(folder) if is_first_process() else nullcontext():
+        if earlier := state or earlier_run(folder):
+            require_same_run(folder, earlier["depends_on"], depends_on)
+            if "step" in earlier:
+                config.say(f"going on after step {earlier['step']}" if resume else
+                           f"starting anew: --resume {folder} would go on after step {earlier['step']}")
+        result = describe(config, problem, model, depends_on)
+        try:
+            metrics = fit(config, model, problem, folder, state)
+        except (KeyboardInterrupt, OSError) as error:
+            kept = any((folder / name).exists() for name in CHECKPOINTS)
+            advice = f"to go on from the last checkpoint: python train.py --resume {folder}"
+            message = f"{str(error) or 'interrupted'}; {advice if kept else 'nothing was saved yet'}"
+            raise type(error)(message) from None
+        for name, test in problem.tests.items():
+            score = accuracy(predict(model, test), test.labels)
+            result["accuracy" if name == problem.test_name else f"accuracy_{name}"] = score
+        if "f1" in data.TASKS[config.task].metrics:
+            result["f1"] = data.f1(predict(model, problem.test).argmax(dim=-1), problem.test.labels)
+        result["train_seconds"] = metrics[-1]["seconds"]
+        if is_first_process():
+            data.save_file(folder / "adapter.pt", saved(config, model, problem))
+            data.save_file(folder / "metrics.jsonl", [depends_on, *metrics])
+            data.save_file(folder / "result.json", result)
+            for name in CHECKPOINTS:
+                (folder / name).unlink(missing_ok=True)
+                for half in folder.glob(f"{name}.*.part"):             # of a process that was killed
+                    half.unlink()
+    config.say(f"wrote {folder}/adapter.pt, metrics.jsonl and result.json\n"
+               f'to use it: python train.py --adapter {folder} --predict "..."')
+    return result
+
+
+def describe(config: Config, problem: Problem, model: Adapted, depends_on: dict) -> dict:
+    """Print what is about to be trained -> all of the result that is known before."""
     trainable, total = get_nb_trainable_parameters(model)
     about = depends_on | dict(num_train=len(problem.train), num_scored=len(problem.test),
                               scored_on=problem.test_name,
                               texts_cut=problem.train.num_cut + problem.test.num_cut)
-    before = baselines(config, problem)
+    before = baselines(problem)
     shown = "config: " + ", ".join(f"{name} {value}" for name, value in about.items())
     config.say(textwrap.fill(shown, 110, subsequent_indent="  "))
     config.say(f"trainable: {trainable:,} of {total:,} parameters; the instance encoder is "
@@ -679,157 +824,163 @@ def run(config: Config, state: dict | None = None) -> dict:
     config.say(f"before training, accuracy on {problem.test_name}: majority class {before['majority']:.3f}, "
                f"zero-shot {before['zero_shot']:.3f}, linear probe on the instance embedding "
                f"{before['linear_probe']:.3f}")
+    return about | before | dict(trainable_parameters=trainable, total_parameters=total, device=config.device,
+                                 torch=torch.__version__, pretrain_seconds=problem.pretrain_seconds)
+
+
+def finished(config: Config) -> dict:
+    """The result that the run folder holds. ValueError if it is damaged."""
+    path = config.folder / "result.json"
     try:
-        metrics = fit(config, model, problem, folder, state)
-    except (KeyboardInterrupt, OSError) as error:
-        advice = "nothing was saved yet"
-        if any((folder / name).exists() for name in CHECKPOINTS):
-            advice = f"to go on from the last checkpoint: python train.py --resume {folder}"
-        raise type(error)(f"{str(error) or 'interrupted'}; {advice}") from None
-    scores = {f"accuracy_{name}": accuracy(predict(model, split), split.labels)
-              for name, split in problem.tests.items() if name != problem.test_name}
-    if "f1" in data.TASKS[config.task].metrics:
-        scores["f1"] = data.f1(predict(model, problem.test).argmax(dim=-1), problem.test.labels)
-    result = about | before | scores | dict(
-        accuracy=metrics[-1]["accuracy"], trainable_parameters=trainable, total_parameters=total,
-        train_seconds=metrics[-1]["seconds"], pretrain_seconds=problem.pretrain_seconds,
-        torch=torch.__version__, device=config.device)
-    if is_first_process():
-        data.save_file(folder / "adapter.pt", saved(config, model, problem))
-        data.save_file(folder / "metrics.jsonl", [depends_on, *metrics])
-        data.save_file(folder / "result.json", result)
-        for name in CHECKPOINTS:
-            (folder / name).unlink(missing_ok=True)
-            for half in folder.glob(f"{name}.*.part"):                 # of a process that was killed
-                half.unlink()
-    config.say(f"wrote {folder}/adapter.pt, metrics.jsonl and result.json\n"
-               f'to use it: python train.py --adapter {folder} --predict "..."')
-    return result
+        result = dict(json.loads(path.read_bytes()))
+        config.say(f"{config.folder} is finished, with accuracy {result['accuracy']:.3f}")
+        return result
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged ({short(error)}): run again without --resume") from None
 
 
-def predict_text(text: str, adapter_folder: str, device: str, cache: str) -> None:
+def predict_text(text: str, folder: str, device: str, cache: str) -> None:
     """Print tab-separated values, one row a text: label, probabilities, text. Needs a saved adapter alone."""
-    adapter = load_adapter(adapter_folder)
+    adapter = load_state(Path(folder) / "adapter.pt")
     config = Config(**adapter["config"] | dict(device=device, cache=cache, quiet=True))
     task = data.Task(**adapter["task"])
     rows = [(dict(zip(task.fields, texts)), 0) for texts in read_texts(text, list(task.fields))]
     gpt, tokenizer, _ = load_model(config.model, config)
     encoder = load_encoder(config, gpt)
     model = restore(adapter, gpt, encoder, data.label_tokens(task, tokenizer).to(config.device))
-    split = data.encode(task, rows, tokenizer, text_room(config, gpt, encoder)).to(config.device)
+    room = text_room(config, gpt, encoder)
+    split = data.encode(task, rows, tokenizer, room).to(config.device)
     probabilities = predict(model, replace(split, instances=instance_embeddings(encoder, split)))
     print("\t".join(["label", *task.label_names, *task.fields]))
     for (texts, _), p in zip(rows, probabilities):
         print("\t".join([task.label_names[p.argmax()], *(f"{x:.3f}" for x in p), *texts.values()]))
+    if split.num_cut:
+        print(f"note: {split.num_cut} of {len(split)} texts were cut to {room} tokens", file=sys.stderr)
+    texts = [text for texts, _ in rows for text in texts.values()]
+    if config.model == "tiny" and (unread := data.unread_words(texts, tokenizer)):
+        print(f"note: never read: {short(', '.join(unread))}: the tiny GPT knows its sample's words alone",
+              file=sys.stderr)
 
 
 def read_texts(source: str, fields: list[str]) -> list[list[str]]:
-    """The texts of a file, of standard input ("-"), or `source` itself: one example a line."""
-    content, where = source.encode(), "--predict"
+    """The texts of a file, of standard input ("-"), or `source` itself: one a line, a pair with a tab between.
+
+    Blanks around a text are taken off, as in training. ValueError: a path where nothing is, text that is not
+    UTF-8, a line that does not have one text for each field; OSError: a folder.
+    """
+    where = source
     if source == "-":
-        content, where = sys.stdin.buffer.read(), "standard input"
-    elif os.path.isfile(source):
-        content, where = Path(source).read_bytes(), source
+        content, where = b"" if sys.stdin is None else sys.stdin.buffer.read(), "standard input"
+    elif os.path.exists(source):
+        content = Path(source).read_bytes()                            # a folder is an OSError that names it
+    elif re.fullmatch(r"\S*[/\\]\S*|\S+\.\w{1,5}", source):
+        raise ValueError(f"--predict: there is no file {source}; if it is a text, give it to --predict -")
+    else:
+        content, where = source.encode(errors="surrogateescape"), "--predict"
     try:
-        lines = content.decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
+        lines = content.decode("utf-8-sig").rstrip().split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: byte {error.start} is not UTF-8: save it as UTF-8") from None
-    rows = [line.split("\t") for line in lines]
+    rows = [[text.strip() for text in line.split("\t")] for line in lines]
     for number, row in enumerate(rows, start=1):
-        found = sum(1 for text in row if text.strip())
-        if not found == len(row) == len(fields):
-            raise ValueError(f"{where}, line {number}: {found} texts, the task takes {len(fields)} "
-                             f"({', '.join(fields)}): separate them with a tab")
+        if len(row) != len(fields) or not all(row):
+            raise ValueError(f"{where}, line {number}: {sum(map(bool, row))} texts, the task takes "
+                             f"{len(fields)} ({', '.join(fields)}): one example a line, a tab within a pair")
     return rows
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 8. The command line: one flag for each field of Config, and what to do
 
-CHOICES = {"task": data.TASKS, "method": LEARNING_RATES, "fusion": FUSIONS, "dtype": ["float32", "bfloat16"],
-           "device": ["auto", "cpu", "cuda", "mps"]}
-
-
-def number(kind: type, name: str) -> Callable[[str], int | float]:
-    """Reads a flag's text as a finite int or float: above 0, but that seeds and dropout may be 0."""
-    def parse(text: str) -> int | float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = -1
-        if not 0 <= value < math.inf or value == 0 and "seed" not in name and name != "dropout":
-            raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-        return value
-    return parse
-
-
-def complain(message: str) -> NoReturn:
-    raise ValueError(message)
-
 
 def build_parser() -> argparse.ArgumentParser:
     """A flag for every field of Config; the comments in its source are the help, and name the groups."""
     parser = argparse.ArgumentParser(description=__doc__, usage="python train.py --task TASK [flags]",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = complain                                            # one line, as for all other bad input
-    options, group = {f.name: f for f in fields(Config)}, parser
+    kinds, group = {f.name: get_args(f.type) or (f.type,) for f in fields(Config)}, parser
     for line in inspect.getsource(Config).splitlines():
         if heading := re.fullmatch(r"    # (.*)", line):
             group = parser.add_argument_group(heading[1])
         elif found := re.fullmatch(r"    (\w+): .*?# (.*)", line):
             name, help = found.groups()
-            kind = (get_args(options[name].type) or [options[name].type])[0]           # int of int | None
-            flag, default = "--" + name.replace("_", "-"), getattr(Config, name, None)
-            if kind is bool:
+            default, flag = getattr(Config, name, None), "--" + name.replace("_", "-")
+            if kinds[name][0] is bool:
                 group.add_argument(flag, action="store_true", help=help)
             else:
-                group.add_argument(flag, default=default, choices=CHOICES.get(name),
-                                   type=str if kind is str else number(kind, name),
-                                   help=help + (" (default: %(default)s)" if default is not None else ""))
+                help += " (default: %(default)s)" if default is not None else ""
+                group.add_argument(flag, type=kinds[name][0], default=default, choices=CHOICES.get(name),
+                                   help=help)
     group.add_argument("--resume", metavar="DIR", help="go on with the run in DIR, after its last checkpoint")
     use = parser.add_argument_group("To use what was trained")
     use.add_argument("--predict", metavar="TEXT", help="print labels and probabilities, tab-separated: of "
-                     "TEXT, of a file's lines, or with - of standard input's; a tab parts the texts of a pair")
+                     "TEXT, of a file's lines, or with - of standard input's; a tab parts a pair's texts")
     use.add_argument("--adapter", metavar="DIR", help="run folder to predict with")
     for moved in ("--compare", "--ablate"):
         parser.add_argument(moved, action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
-def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, Config | None, dict | None]:
-    """(the flags, their Config unless they ask for a prediction, what --resume found)."""
-    parser, state = build_parser(), None
-    args = parser.parse_args(argv)
+def complain(message: str) -> NoReturn:
+    raise ValueError(message)
+
+
+def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, Config | None]:
+    """(the flags, their Config; None if they ask for a prediction). ValueError for what makes no sense."""
+    parser = build_parser()
+    args, usual = parser.parse_args(argv), vars(parser.parse_args([]))
     if args.compare or args.ablate:
-        parser.error("this is now: python -m experiments.compare"
-                     + f" --task {args.task}" * bool(args.task) + " --ablate" * args.ablate)
-    if args.resume:                                                    # the run's flags, then this command's
+        complain("this is now: python -m experiments.compare"
+                 + f" --task {args.task}" * bool(args.task) + " --ablate" * args.ablate)
+    if (args.predict is None) != (args.adapter is None):
+        complain("--predict TEXT and --adapter DIR go together")
+    if args.predict is not None:
+        require_effect(args, usual, usual.keys() - {"predict", "adapter", "device", "cache"}, "--predict")
+        return args, None
+    if args.resume is not None:                                        # the run's flags, then this command's
+        require_effect(args, usual, {"out"}, "--resume, whose folder it is")
         state = earlier_run(Path(args.resume))
         if state is None:
-            parser.error(f"{args.resume} holds no run: begin one with --task")
+            complain(f"{args.resume} holds no run: begin one with --task")
         parser.set_defaults(**state["config"] | dict(out=args.resume))
         args = parser.parse_args(argv)
-    if (args.predict is None) != (args.adapter is None):
-        parser.error("--predict TEXT and --adapter DIR go together")
-    if args.predict is not None:
-        return args, None, None
     if args.task is None:
-        parser.error(f"name a task: --task {' or '.join(data.TASKS)}")
-    return args, Config(**{f.name: getattr(args, f.name) for f in fields(Config)}), state
+        complain(f"name a task: --task {' or '.join(data.TASKS)}")
+    config = Config(**{f.name: getattr(args, f.name) for f in fields(Config)})
+    usual, method = vars(Config(config.task, config.method, config.model)), METHODS.get(config.method)
+    used = set(inspect.signature(method).parameters if method else ["rank"] * (config.method == "lora"))
+    idle = {"num_virtual_tokens", "rank", "hidden_dim", "fusion", "dropout", "init_std"} - used
+    if "instance_dim" not in used:                                     # the method does not look at h
+        idle |= {"encoder", "tune_encoder", "shuffle_instances"}
+    require_effect(config, usual, idle, f"--method {config.method}")
+    if config.tune_encoder:
+        require_effect(config, usual, {"shuffle_instances"}, "--tune-encoder, which computes h itself")
+    if "tiny" not in (config.model, config.encoder):
+        require_effect(config, usual, {"pretrain_seed"}, f"--model {config.model}")
+    return args, config
+
+
+def require_effect(options, usual: dict, names: set[str], where: str) -> None:
+    """ValueError for a flag among these names that was given though it changes nothing there."""
+    for name in sorted(names):
+        if getattr(options, name) != usual[name]:
+            complain(f"--{name.replace('_', '-')} has no effect with {where}: leave it out")
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line. Exits with 2 and one line for bad input, 130 for Ctrl-C."""
     try:
-        args, config, state = parse_args(argv)
+        args, config = parse_args(argv)
         if config is None:
             return predict_text(args.predict, args.adapter, args.device, args.cache)
         join_processes(config)
-        result = run(config, state)
+        result = run(config, resume=args.resume is not None)
         if is_first_process():
             print(json.dumps(result))
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
+    except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("alloc|out of memory", str(error)):
+            raise                                                      # a mistake of ours: show where it is
+        print(f"train.py: error: {short(error, 300)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
         print(f"train.py: {str(interrupt) or 'interrupted'}", file=sys.stderr)

@@ -215,8 +215,7 @@ def latency() -> None:
     """What the prompt adds to the answer for one text."""
     gpt, label_ids = random_gpt(GPTConfig()), torch.tensor([5, 7])
     encoder = InstanceEncoder(gpt)
-    lopa, bare = (train.Adapted(train.Config(**CONFIG | dict(method=method)), gpt, encoder, label_ids)
-                  for method in ("lopa", "none"))
+    lopa, bare = (train.Adapted(config, gpt, encoder, label_ids) for config in (train.Config(**CONFIG), None))
     tokens, lengths = torch.randint(50257, (1, 15)), torch.tensor([15])
     h = encoder(tokens, lengths)
     ways = {"without a prompt": lambda: bare(tokens, lengths, h),

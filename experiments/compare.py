@@ -104,7 +104,7 @@ def study(args: argparse.Namespace) -> str:
     if not args.ablate:
         sizes = {"linear_probe": (len(problem.encoder.mean) + 1) * len(problem.label_ids)}
         rows += [[name.replace("_", " "), "", str(sizes.get(name, 0)), f"{score:.3f}", "", ""]
-                 for name, score in train.baselines(base, problem).items()]
+                 for name, score in train.baselines(problem).items()]
     rows = [header, ["---"] * len(header), *rows]
     table = "".join(f"| {' | '.join(row[:1] + row[2:] if args.ablate else row)} |\n" for row in rows)
     with data.whole(path.with_name("table.md"), "the table") as file:
@@ -161,9 +161,10 @@ def listed(kind: type) -> Callable[[str], list]:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        "compare", "python -m experiments.compare --task TASK [--ablate] [flags]", __doc__,
+        "compare", "python -m experiments.compare --task TASK [--ablate] [flags]", __doc__, allow_abbrev=False,
         parents=[train.build_parser()], conflict_handler="resolve",    # its flags, but for these:
         formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = train.complain                                      # one line, as train.py's
     for name in REFUSED:
         parser.add_argument("--" + name.replace("_", "-"), action=Refuse, nargs="?",
                             default=argparse.SUPPRESS, help=argparse.SUPPRESS)
@@ -185,13 +186,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line. Exits with 2 and one line for bad input, 130 for Ctrl-C."""
-    args = parse_args(argv)
     try:
+        args = parse_args(argv)
         if "LOCAL_RANK" in os.environ:
             raise ValueError("it trains many small models one by one: start it without torchrun")
         print(study(args), end="")
     except (ValueError, OSError) as error:
-        print(f"compare: error: {error}", file=sys.stderr)
+        print(f"compare: error: {data.short(error, 300)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("compare: interrupted; the same command goes on after the last finished run", file=sys.stderr)

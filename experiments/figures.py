@@ -78,7 +78,7 @@ def training_curves(folder: Path) -> Figure:
 
 def adapted(folder: Path) -> tuple[train.Adapted, torch.Tensor, torch.Tensor]:
     """(adapted model, h of SENTENCES, probabilities), from a run's folder"""
-    adapter = train.load_adapter(folder)
+    adapter = train.load_state(folder / "adapter.pt")
     config = train.Config(**adapter["config"] | dict(device="cpu", cache=str(ROOT / ".cache"), quiet=True))
     gpt, tokenizer, _ = train.load_model(config.model, config)
     encoder, task = train.load_encoder(config, gpt), data.Task(**adapter["task"])

@@ -87,7 +87,7 @@ def test_tasks_with_f1_and_with_two_dev_sets_report_them(world):
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda world: ["--model", str(world / "nowhere")], "nowhere does not hold config.json"),
+    (lambda world: ["--model", str(world / "nowhere")], "there is no model"),
     (lambda world: ["--model", str(save_gpt2(world / "odd", 97))], "97 tokens, GPT-2's tokenizer"),
     (lambda world: ["--task", "sst2", "--encoder", "tiny"], "have to share a tokenizer"),
 ])

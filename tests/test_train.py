@@ -85,8 +85,8 @@ def test_every_field_of_config_is_a_flag_with_its_comment_as_help():
         assert actions[field.name].help and actions[field.name].option_strings == ["--" + field.name.replace("_", "-")]
         if field.default is not dataclasses.MISSING:
             assert actions[field.name].default == field.default
-    args, config, state = train.parse_args("--task rte --method pt --max-train 7 --lr 2 --tune-encoder --seed 0".split())
-    assert config == train.Config("rte", "pt", max_train=7, lr=2.0, tune_encoder=True) and state is None
+    _, config = train.parse_args("--task rte --method idpg --max-train 7 --lr 2 --tune-encoder --seed 0".split())
+    assert config == train.Config("rte", "idpg", max_train=7, lr=2.0, tune_encoder=True)
 
 
 def test_what_decides_a_result_is_all_that_is_asked_for_but_where_and_how_to_run():
@@ -105,7 +105,10 @@ def test_the_run_folder_says_what_is_not_as_usual(change, folder):
 
 
 def test_an_unknown_method_is_an_error(tiny):
-    config = dataclasses.replace(train.Config("sst2"), method="lorra")
+    with pytest.raises(ValueError, match="--method: 'lorra' is none of lopa, idpg"):
+        train.Config("sst2", "lorra")
+    config = train.Config("sst2")
+    config.method = "lorra"                                            # whatever came after the check
     with pytest.raises(ValueError, match="unknown method 'lorra': choose one of lopa, idpg"):
         train.Adapted(config, tiny[0], InstanceEncoder(tiny[0]), torch.tensor([1, 2]))
 
@@ -114,7 +117,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished, tmp
     out, _ = finished
     for name, seed in (("again", 0), ("other", 1)):
         train.main([*QUICK, "--seed", str(seed), "--out", str(tmp_path / name)])
-    first, again, other = (train.load_adapter(folder)["tensors"] for folder in (out, tmp_path / "again", tmp_path / "other"))
+    first, again, other = (train.load_state(folder / "adapter.pt")["tensors"] for folder in (out, tmp_path / "again", tmp_path / "other"))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["prompt.soft_prompt"], other["prompt.soft_prompt"])
 
@@ -126,7 +129,7 @@ def test_a_reloaded_adapter_gives_identical_probabilities(tiny, tmp_path, monkey
     seen = []
     monkeypatch.setattr(train, "predict", lambda *a, predict=train.predict: seen.append(predict(*a)) or seen[-1])
     train.main([*QUICK, "--epochs", "1", *flags.split(), "--out", str(tmp_path)])
-    adapter, task = train.load_adapter(tmp_path), data.TASKS["sst2"]
+    adapter, task = train.load_state(tmp_path / "adapter.pt"), data.TASKS["sst2"]
     encoder = InstanceEncoder(gpt)
     model = train.restore(adapter, gpt, encoder, data.label_tokens(task, tokenizer))
     split = data.encode(task, data.sst2_sample()[1], tokenizer, 100)
@@ -146,7 +149,7 @@ def problem_of(tiny, rows):
 
 
 def config_of(flags="", **change):
-    _, config, _ = train.parse_args(["--task", "sst2", "--device", "cpu", "--quiet", *flags.split()])
+    _, config = train.parse_args(["--task", "sst2", "--device", "cpu", "--quiet", *flags.split()])
     return dataclasses.replace(config, **change)
 
 
@@ -180,7 +183,7 @@ def test_the_target_is_read_at_the_last_real_token_whatever_the_padding(tiny):
 
 def test_zero_shot_is_the_bare_language_model(tiny):
     problem = problem_of(tiny, 20)
-    bare = train.Adapted(config_of(method="none"), problem.gpt, problem.encoder, problem.label_ids)
+    bare = train.Adapted(None, problem.gpt, problem.encoder, problem.label_ids)
     probabilities = train.predict(bare, problem.train)
     for row, length, p in zip(problem.train.tokens, problem.train.lengths.tolist(), probabilities):
         logits = problem.gpt(row[None, :length])[0, -1, problem.label_ids]
@@ -260,9 +263,9 @@ def test_an_adapter_of_another_model_is_refused(finished, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda tensors: tensors.pop("prompt.soft_prompt"), "'prompt.soft_prompt': the method needs [10, 64], the file has none"),
-    (lambda tensors: tensors.update(extra=torch.zeros(1)), "'extra': the method needs none, the file has [1]"),
-    (lambda tensors: tensors.update({"prompt.soft_prompt": torch.zeros(9, 64)}), "needs [10, 64], the file has [9, 64]"),
+    (lambda tensors: tensors.pop("prompt.soft_prompt"), "'prompt.soft_prompt' is no tensor and should be [10, 64] of float32"),
+    (lambda tensors: tensors.update(extra=torch.zeros(1)), "'extra' is [1] of float32 and should be no tensor"),
+    (lambda tensors: tensors.update({"prompt.soft_prompt": torch.zeros(9, 64)}), "is [9, 64] of float32 and should be [10, 64]"),
 ])
 def test_missing_extra_and_misshapen_tensors_are_refused_by_name(finished, capsys, tmp_path, change, message):
     out, _ = finished
@@ -279,9 +282,9 @@ def test_a_damaged_adapter_and_one_with_code_in_it_are_refused(capsys, tmp_path)
 
     for content in (b"", b"not a zip file"):
         (tmp_path / "adapter.pt").write_bytes(content)
-        assert "cannot be read as saved weights" in refused(capsys, "--adapter", tmp_path, "--predict", "x")
+        assert "adapter.pt is damaged, or no file of this program" in refused(capsys, "--adapter", tmp_path, "--predict", "x")
     torch.save({"format": 1, "tensors": Code()}, tmp_path / "adapter.pt")
-    assert "cannot be read as saved weights" in refused(capsys, "--adapter", tmp_path, "--predict", "x")
+    assert "adapter.pt is damaged, or no file of this program" in refused(capsys, "--adapter", tmp_path, "--predict", "x")
     assert not (tmp_path / "run-by-pickle").exists()
 
 
@@ -293,14 +296,14 @@ def test_a_damaged_adapter_and_one_with_code_in_it_are_refused(capsys, tmp_path)
     ("--task sst2 --method lora2", "argument --method: invalid choice: 'lora2'"),
     ("", "name a task: --task sst2 or mnli"),
     ("--task mnli", "mnli"),
-    ("--task sst2 --rank 0", "argument --rank: 0 is not a positive number"),
-    ("--task sst2 --num-virtual-tokens -3", "argument --num-virtual-tokens: -3 is not a positive number"),
-    ("--task sst2 --lr nan", "argument --lr: nan is not a positive number"),
-    ("--task sst2 --dropout 1", "argument --dropout: 1.0 is not between 0 and 1"),
+    ("--task sst2 --rank 0", "--rank: 0 is not between 1 and 10000"),
+    ("--task sst2 --num-virtual-tokens -3", "--num-virtual-tokens: -3 is not between 1 and 100000"),
+    ("--task sst2 --lr nan", "--lr: nan is not between 1e-12 and 1e+30"),
+    ("--task sst2 --dropout 1", "--dropout: 1.0 is not between 0 and 0.99"),
     ("--task sst2 --num-virtual-tokens 128", "128 prompt tokens leave no room for text in a context of 128"),
     ("--task sst2 --num-virtual-tokens 64 --fusion concat", "128 prompt tokens leave no room"),
     ("--task sst2 --num-virtual-tokens 126", "needs more than the 2 tokens the context leaves"),
-    ("--task sst2 --holdout 4000", "--holdout 4000 leaves nothing of 4000 training rows"),
+    ("--task sst2 --holdout 4000", "--holdout 4000 leaves less than 2 of 4000 training rows"),
     ("--task sst2 --data nowhere", "nowhere/SST-2/train.tsv not found"),
     ("--adapter nowhere --predict x", "nowhere/adapter.pt"),
     ("--task sst2 --predict x", "--predict TEXT and --adapter DIR go together"),
