@@ -121,6 +121,9 @@ class GPT(nn.Module):
         folder = Path(folder)
         files = [folder / "model.safetensors", folder / "pytorch_model.bin"]
         files = [file for file in files if file.is_file()]
+        if list(folder.glob("*.index.json")) and not files:
+            raise ValueError(f"{folder} holds a model in several files (shards), and this reader takes one: "
+                             "save it again with a max_shard_size that is larger than it")
         if not files or not (folder / "config.json").is_file():
             raise ValueError(f"{folder} does not hold config.json and model.safetensors or "
                              "pytorch_model.bin: name a folder with a GPT-2 in it")
@@ -327,6 +330,9 @@ def read_config(path: Path) -> GPTConfig:
 
 def read_weights(path: Path, wanted: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """A file's tensors under our names, in our layout and `dtype`: exactly those `wanted`, or ValueError."""
+    with open(path, "rb") as file:
+        if file.read(20) == b"version https://git-":
+            raise ValueError(f"{path} is a git-lfs pointer, not the weights: fetch them with git lfs pull")
     weights = {}
     read = read_safetensors if path.suffix == ".safetensors" else read_bin
     for stored_name, tensor in read(path):
@@ -337,7 +343,8 @@ def read_weights(path: Path, wanted: dict[str, Tensor], dtype: torch.dtype) -> d
             raise ValueError(f"{path}: tensor {name!r} is there twice, with transformer. and without")
         like = wanted.get("wte.weight" if name == "lm_head.weight" else name)
         needed = None if like is None else list(like.shape)[::-1 if name.endswith(TRANSPOSED) else 1]
-        if list(tensor.shape) != needed or not tensor.is_floating_point():
+        plain = tensor.layout == torch.strided and not tensor.is_meta and tensor.is_floating_point()
+        if list(tensor.shape) != needed or not plain:
             raise ValueError(f"{path}: tensor {stored_name!r} is {list(tensor.shape)} of {tensor.dtype}, "
                              f"config.json asks for {needed or 'no such tensor'}: is it another model's?")
         # A view turned round: copies in our order cost memory and were no faster (training and generation).

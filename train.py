@@ -39,6 +39,8 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn, get_args
 
+if __name__ == "__main__":               # Ctrl-C while torch is being loaded ends at once, without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 try:
     import fcntl
 except ImportError:                      # Windows has no such locks
@@ -1035,4 +1037,5 @@ def one_process_first() -> Iterator[None]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

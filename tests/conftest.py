@@ -7,6 +7,10 @@ import pytest
 import train
 from model import InstanceEncoder
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes seconds; left out by -m 'not slow'")
+
+
 CACHE = Path(train.__file__).parent / ".cache"
 
 

@@ -222,6 +222,26 @@ def test_a_folder_without_one_of_the_files_is_refused(tmp_path, file):
     assert file in refusal(GPT.from_pretrained, tmp_path)
 
 
+def test_a_git_lfs_pointer_is_called_by_its_name(tmp_path):
+    write_model(tmp_path, stored())
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\n")
+    assert "model.safetensors is a git-lfs pointer" in refusal(GPT.from_pretrained, tmp_path)
+
+
+def test_a_model_in_several_files_is_called_by_its_name(tmp_path):
+    write_model(tmp_path, stored())
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00001.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    message = refusal(GPT.from_pretrained, tmp_path)
+    assert str(tmp_path) in message and "in several files (shards)" in message
+
+
+@pytest.mark.parametrize("kind, odd", [("meta", torch.empty(20, device="meta")), ("sparse", torch.ones(20).to_sparse())])
+def test_tensors_that_hold_no_numbers_in_a_row_are_refused(tmp_path, kind, odd):
+    tensors = stored() | {"transformer.ln_f.bias": odd}
+    assert "'transformer.ln_f.bias' is [20]" in refusal(GPT.from_pretrained, write_model(tmp_path, tensors, "bin"))
+
+
 # --- files that do not fit together ----------------------------------------------------------------------------
 
 

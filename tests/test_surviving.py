@@ -98,6 +98,7 @@ def test_texts_of_ragged_length_get_the_same_predictions_in_the_order_of_the_row
 # --- runs that end early ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attempt", range(int(os.environ.get("KILLS", 2))))
 def test_a_run_killed_at_any_moment_ends_bit_for_bit_as_if_nothing_had_been(unbroken, tmp_path, attempt):
     def start(*argv):
@@ -252,6 +253,7 @@ if train.is_first_process():
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_trains(tiny, tmp_path):
     """In float64, where all that rounding does to 22 steps is far below what any wrong weight of a row does."""
     (tmp_path / "script.py").write_text(IN_FLOAT64)            # 331 rows: of the last batch's 11, one has 6, one 5
@@ -269,6 +271,7 @@ def test_two_processes_train_what_one_trains(tiny, tmp_path):
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-9)
 
 
+@pytest.mark.slow
 def test_two_processes_that_were_killed_go_on_bit_for_bit_and_only_as_two(tiny, tmp_path, capsys):
     def start(*argv):
         return subprocess.Popen([*TORCHRUN, "train.py", *argv], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True,

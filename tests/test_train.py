@@ -198,6 +198,7 @@ def test_the_linear_probe_separates_what_is_linear_and_not_an_exclusive_or():
         assert low <= score <= high
 
 
+@pytest.mark.slow
 def test_lopa_beats_prompt_tuning_and_needs_the_right_instance(tiny, tmp_path):
     """The claim of the paper, on a quarter of the sample; README.md has the whole."""
     accuracy = {}

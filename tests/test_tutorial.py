@@ -53,6 +53,7 @@ def run(blocks: list[tuple[str, int, str]]) -> None:
         assert printed.getvalue() == (blocks[i + 1][2] if follower == "text" else ""), f"line {line} prints something else"
 
 
+@pytest.mark.slow
 def test_every_block_runs_in_order_and_prints_what_the_page_says(tiny, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(data, "TASKS", dict(data.TASKS))               # the page adds one
