@@ -88,11 +88,15 @@ def test_code_blocks_are_short():
 
 
 @pytest.mark.parametrize("command", [command for kind, _, code in fences(TUTORIAL) if kind == "sh" for command in code.splitlines()])
-def test_every_command_is_one_that_train_py_takes(command, monkeypatch):
+def test_every_command_is_one_that_its_program_takes(command, monkeypatch):
     monkeypatch.setitem(data.TASKS, "weather", data.TASKS["sst2"])     # the example of a task of one's own
-    launcher, _, flags = command.partition(" train.py ")
-    assert launcher in ("python", "torchrun --nproc_per_node=2")
-    parse = train.build_parser().parse_args if "--resume" in flags else train.parse_args       # there is no folder to resume
+    launcher, program, flags = re.fullmatch(r"(.+) (train\.py|-m experiments\.compare) (.+)", command).groups()
+    if program == "train.py":
+        assert launcher in ("python", "torchrun --nproc_per_node=2")
+        parse = train.build_parser().parse_args if "--resume" in flags else train.parse_args   # no folder to resume
+    else:
+        assert launcher == "python"
+        parse = pytest.importorskip("experiments.compare").parse_args
     parse(shlex.split(flags))
 
 
