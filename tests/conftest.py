@@ -17,5 +17,5 @@ CACHE = Path(train.__file__).parent / ".cache"
 @pytest.fixture(scope="session")
 def tiny():
     """(frozen tiny GPT, its tokenizer)"""
-    gpt, tokenizer, _ = train.tiny_gpt(seed=0, cache=CACHE, device="cpu")
+    gpt, tokenizer, _ = train.tiny_gpt(seed=0, cache_dir=CACHE, device="cpu")
     return InstanceEncoder(gpt).gpt, tokenizer

@@ -12,6 +12,7 @@ import torch
 
 import data
 import train
+from experiments import compare
 
 ROOT = Path(train.__file__).parent
 TUTORIAL = (ROOT / "tutorial.md").read_text()
@@ -96,7 +97,7 @@ def test_every_command_is_one_that_its_program_takes(command, monkeypatch):
         parse = train.build_parser().parse_args if "--resume" in flags else train.parse_args   # no folder to resume
     else:
         assert launcher == "python"
-        parse = pytest.importorskip("experiments.compare").parse_args
+        parse = compare.parse_args
     parse(shlex.split(flags))
 
 
