@@ -39,7 +39,7 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn, get_args
 
-if __name__ == "__main__":               # Ctrl-C while torch is being loaded ends at once, without a traceback
+if __name__ == "__main__":               # Ctrl-C while torch is being loaded: the end, without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 try:
     import fcntl
@@ -122,6 +122,10 @@ class Config:
             check_option(f.name, getattr(self, f.name), get_args(f.type) or (f.type,))
         tiny = self.model == "tiny"
         self.encoder = self.encoder or self.model
+        for name in (self.model, self.encoder):
+            if name not in ("tiny", *data.GPT2_MODELS) and not Path(name).is_dir():
+                raise ValueError(f"there is no model {short(name)}: name tiny, {', '.join(data.GPT2_MODELS)} "
+                                 "or a folder")
         self.lr = LEARNING_RATES[self.method] if self.lr is None else self.lr
         self.init_std = INIT_STD.get(self.method, 1.0) if self.init_std is None else self.init_std
         self.hidden_dim = (64 if tiny else 256) if self.hidden_dim is None else self.hidden_dim
@@ -247,6 +251,8 @@ def fit(config: Config, model: Adapted, problem: "Problem", folder: Path | None 
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0)
     forward = DistributedDataParallel(model, init_sync=False) if num_processes > 1 else model
     shuffle = torch.Generator().manual_seed(config.seed)               # of the order of the rows alone
+    # What dropout draws from. torch.manual_seed would seed the generators of all devices: 0.5 ms a step.
+    dropout = torch.default_generator if config.device == "cpu" else torch.get_device_module(config.device)
     done, losses, metrics = 0, [], []
     if state:
         done, losses, metrics = restore_checkpoint(state, model, optimizer, steps_per_epoch, total_steps)
@@ -263,7 +269,7 @@ def fit(config: Config, model: Adapted, problem: "Problem", folder: Path | None 
                     continue
                 lr = config.lr * cosine_factor(step - 1, warmup_steps, total_steps)
                 optimizer.param_groups[0]["lr"] = lr
-                seed_dropout((config.seed * total_steps + step - 1) * num_processes + process, config.device)
+                dropout.manual_seed((config.seed * total_steps + step - 1) * num_processes + process)
                 logits = forward(batch.tokens, batch.lengths, batch.instances)         # (B, labels)
                 loss = F.cross_entropy(logits, batch.labels)           # over the label words alone
                 optimizer.zero_grad()
@@ -273,8 +279,7 @@ def fit(config: Config, model: Adapted, problem: "Problem", folder: Path | None 
                 losses.append(loss.detach() * len(batch))
                 progress.update()
 
-                saves = bool(folder and (step % save_every == 0 or pressed))
-                if step % 10 == 0 or step == last_step or saves:       # not always: it waits for the GPU
+                if step % 10 == 0 or step == last_step:                # not always: it waits for the GPU
                     require_finite(losses[-10:], parameters, step, total_steps, lr)
                     progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
                 if step == last_step:
@@ -284,7 +289,8 @@ def fit(config: Config, model: Adapted, problem: "Problem", folder: Path | None 
                     metrics.append(dict(epoch=epoch, loss=mean_loss, accuracy=score, seconds=seconds))
                     config.say(f"epoch {epoch}/{config.epochs}: loss {mean_loss:.4f}, {problem.test_name} "
                                f"accuracy {score:.3f}, {seconds:.1f} s")
-                if saves:
+                if folder and (pressed or step % save_every == 0):
+                    require_finite(losses[-10:], parameters, step, total_steps, lr)
                     save_checkpoint(folder, saved(config, model, problem) | dict(
                         config=asdict(config), step=step, losses=per_process(losses), metrics=metrics,
                         seconds=time.time() - began, moments=moments(model, optimizer)))
@@ -328,21 +334,11 @@ def batches(split: data.Encoded, order: Sequence[Tensor]) -> Iterator[data.Encod
             yield replace(batch, tokens=batch.tokens[:, :width])
 
 
-def seed_dropout(seed: int, device: str) -> None:
-    """Seed the one generator that dropout draws from: torch.manual_seed seeds all, in 0.5 ms of each step."""
-    if device.startswith("cuda"):
-        torch.cuda.manual_seed(seed)
-    elif device == "mps":
-        torch.mps.manual_seed(seed)
-    else:
-        torch.default_generator.manual_seed(seed)
-
-
 def require_finite(losses: list[Tensor], parameters: list[Tensor], step: int, total_steps: int,
                    lr: float) -> None:
     """FloatingPointError if one of these losses, which end at `step`, or a weight after it is not finite."""
-    for number, loss in enumerate(torch.stack(losses).tolist(), start=step - len(losses) + 1):
-        if not math.isfinite(loss):
+    for number, loss in enumerate(losses, start=step - len(losses) + 1):
+        if not loss.isfinite():
             raise FloatingPointError(f"loss is {loss} at step {number} of {total_steps}, learning rate "
                                      f"{lr:.2e}: start again with a lower --lr")
     if not all(p.isfinite().all() for p in parameters):
@@ -484,18 +480,13 @@ class Problem:
 def prepare(config: Config) -> Problem:
     """Read the data, load or pre-train the model, encode the texts, compute the instance embeddings."""
     task = data.TASKS[config.task]
-    for name in {config.model, config.encoder} - {"tiny", *data.GPT2_MODELS}:
-        if not Path(name).is_dir():
-            raise ValueError(f"there is no model {short(name)}: name tiny, {', '.join(data.GPT2_MODELS)} or "
-                             "a folder")
     with one_process_first():                                          # it downloads and pre-trains for all
         train_rows, dev_rows, source = data.load_task(
             config.task, config.data, config.max_train, sample=config.model == "tiny", cache_dir=config.cache,
             quiet=config.quiet)
         if len(train_rows) < 2:
             raise ValueError(f"{source}: 1 training row, but h is scaled by a deviation, which takes 2")
-        gpt, tokenizer, pretrain_seconds = load_model(config.model, config)
-        encoder = load_encoder(config, gpt)
+        gpt, encoder, tokenizer, pretrain_seconds = load_frozen(config)
     frozen = fingerprint(gpt, encoder)
     if len(models := set(gathered(frozen))) > 1:
         raise ValueError(f"the processes have different frozen models ({', '.join(models)}): "
@@ -533,6 +524,16 @@ def build(config: Config, problem: Problem) -> Adapted:
     """The frozen model with one method on it, its initial values drawn from the seed."""
     torch.manual_seed(config.seed)
     return Adapted(config, problem.gpt, problem.encoder, problem.label_ids)
+
+
+def load_frozen(config: Config) -> tuple[GPT, InstanceEncoder, tiktoken.Encoding, float]:
+    """(model, instance encoder, the tokenizer they share, seconds of pre-training)."""
+    gpt, tokenizer, seconds = load_model(config.model, config)
+    other = gpt if config.encoder == config.model else load_model(config.encoder, config)[0]
+    if other.config.vocab_size != gpt.config.vocab_size:
+        raise ValueError(f"encoder {config.encoder} has {other.config.vocab_size} tokens and the model "
+                         f"{gpt.config.vocab_size}: they have to share a tokenizer")
+    return gpt, InstanceEncoder(other), tokenizer, seconds
 
 
 def load_model(name: str, config: Config) -> tuple[GPT, tiktoken.Encoding, float]:
@@ -574,15 +575,6 @@ def tiny_gpt(seed: int, cache_dir: str | Path, device: str,
                    partial(tqdm, desc="pre-training the tiny GPT, once", disable=quiet or None))
     data.save_file(path, gpt.state_dict())
     return gpt, tokenizer, time.time() - began
-
-
-def load_encoder(config: Config, gpt: GPT) -> InstanceEncoder:
-    """The instance encoder: the frozen model itself, or another GPT-2 that reads the same tokens."""
-    other = gpt if config.encoder == config.model else load_model(config.encoder, config)[0]
-    if other.config.vocab_size != gpt.config.vocab_size:
-        raise ValueError(f"encoder {config.encoder} has {other.config.vocab_size} tokens and the model "
-                         f"{gpt.config.vocab_size}: they have to share a tokenizer")
-    return InstanceEncoder(other)
 
 
 def fingerprint(gpt: GPT, encoder: InstanceEncoder) -> str:
@@ -847,8 +839,7 @@ def predict_text(text: str, folder: str, device: str, cache: str) -> None:
     config = Config(**adapter["config"] | dict(device=device, cache=cache, quiet=True))
     task = data.Task(**adapter["task"])
     rows = [(dict(zip(task.fields, texts)), 0) for texts in read_texts(text, list(task.fields))]
-    gpt, tokenizer, _ = load_model(config.model, config)
-    encoder = load_encoder(config, gpt)
+    gpt, encoder, tokenizer, _ = load_frozen(config)
     model = restore(adapter, gpt, encoder, data.label_tokens(task, tokenizer).to(config.device))
     room = text_room(config, gpt, encoder)
     split = data.encode(task, rows, tokenizer, room).to(config.device)
@@ -865,7 +856,7 @@ def predict_text(text: str, folder: str, device: str, cache: str) -> None:
 
 
 def read_texts(source: str, fields: list[str]) -> list[list[str]]:
-    """The texts of a file, of standard input ("-"), or `source` itself: one a line, a pair with a tab between.
+    """The texts of a file, of standard input ("-") or `source` itself: one a line, a pair with a tab between.
 
     Blanks around a text are taken off, as in training. ValueError: a path where nothing is, text that is not
     UTF-8, a line that does not have one text for each field; OSError: a folder.

@@ -80,8 +80,8 @@ def adapted(folder: Path) -> tuple[train.Adapted, torch.Tensor, torch.Tensor]:
     """(adapted model, h of SENTENCES, probabilities), from a run's folder"""
     adapter = train.load_state(folder / "adapter.pt")
     config = train.Config(**adapter["config"] | dict(device="cpu", cache=str(ROOT / ".cache"), quiet=True))
-    gpt, tokenizer, _ = train.load_model(config.model, config)
-    encoder, task = train.load_encoder(config, gpt), data.Task(**adapter["task"])
+    gpt, encoder, tokenizer, _ = train.load_frozen(config)
+    task = data.Task(**adapter["task"])
     model = train.restore(adapter, gpt, encoder, data.label_tokens(task, tokenizer))
     split = data.encode(task, [({"sentence": sentence}, 0) for sentence in SENTENCES], tokenizer, 100)
     split = replace(split, instances=train.instance_embeddings(encoder, split))

@@ -98,9 +98,12 @@ def test_what_decides_a_result_is_all_that_is_asked_for_but_where_and_how_to_run
 @pytest.mark.parametrize("change, folder", [
     (dict(), "runs/sst2-lopa-tiny-seed0"), (dict(lr=3e-3, encoder="tiny"), "runs/sst2-lopa-tiny-seed0"),
     (dict(seed=3, lr=0.5, tune_encoder=True), "runs/sst2-lopa-tiny-seed3-lr-0.5-tune-encoder"),
-    (dict(model="/models/a", encoder="/models/enc"), "runs/sst2-lopa-a-seed0-encoder-enc"), (dict(out="here/x"), "here/x"),
+    (dict(model="models/a", encoder="models/enc"), "runs/sst2-lopa-a-seed0-encoder-enc"), (dict(out="here/x"), "here/x"),
 ])
-def test_the_run_folder_says_what_is_not_as_usual(change, folder):
+def test_the_run_folder_says_what_is_not_as_usual(change, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "enc"):
+        (tmp_path / "models" / name).mkdir(parents=True)
     assert str(train.Config("sst2", device="cpu", **change).folder) == folder
 
 
