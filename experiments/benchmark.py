@@ -115,14 +115,14 @@ def seconds(function: Callable, device: str = "cpu") -> float:
 def an_epoch(device: str, dtype: torch.dtype, num_rows: int) -> None:
     """Naive, ours and the limit, one batch of each in turn; then the same epoch by train.fit."""
     config, gpt = train.Config(**CONFIG | dict(device=device)), random_gpt(GPTConfig(), device, dtype)
+    model = train.Adapted(config, gpt, InstanceEncoder(gpt), torch.tensor([5, 7], device=device)).train()
     split = random_split(num_rows, 50257, device)
+    naive_order = torch.randperm(num_rows).to(device).split(BATCH_SIZE)
     embedding = seconds(lambda: problem_of(gpt, split), device)
-    problem = problem_of(gpt, split)
-    model = train.build(config, problem).train()
-    optimizer = adamw(model, config)
+    problem, optimizer = problem_of(gpt, split), adamw(model, config)
     order = train.shuffled_batches(split, BATCH_SIZE, torch.Generator().manual_seed(config.seed))
     ours = [batch for batch, _ in train.parts(split, order)]
-    naive = list(train.batches(split, torch.randperm(num_rows).to(device).split(BATCH_SIZE)))
+    naive = list(train.batches(split, naive_order))
     naive_step(model, problem.encoder, optimizer, naive[0])            # not timed: the first step allocates
     times, operations = {"naive": 0.0, "ours": 0.0, "limit": 0.0}, []
     for naive_batch, batch in zip(naive, ours):
