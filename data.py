@@ -622,6 +622,8 @@ def save_file(path: Path, content) -> None:
 def load_file(path: Path):
     """Tensors and plain values, as saved. Raises ValueError if the file is damaged or holds code."""
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("a folder, or a pipe that would be waited for")
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():                                      # torch.load reads over a flipped bit
                 raise ValueError("checksum")

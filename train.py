@@ -69,8 +69,8 @@ INIT_STD = {"lopa": 1.0, "pt": 0.1, "residual": 0.1, "dept": 0.1, "adept": 0.1}
 # What the fields of Config may be; flags, adapters and checkpoints are held to it alike.
 CHOICES = {"task": data.TASKS, "method": LEARNING_RATES, "fusion": FUSIONS, "dtype": ("float32", "bfloat16"),
            "device": ("auto", "cpu", "cuda", "mps")}
-LIMITS = {"seed": (0, 2 ** 31), "pretrain_seed": (0, 2 ** 31), "epochs": (1, 10 ** 6), "rank": (1, 10 ** 4),
-          "hidden_dim": (1, 10 ** 5), "num_virtual_tokens": (1, 10 ** 5), "lr": (1e-12, 1e30),
+LIMITS = {"seed": (0, 2 ** 31), "pretrain_seed": (0, 2 ** 31), "epochs": (1, 10 ** 6), "rank": (1, 1000),
+          "hidden_dim": (1, 10 ** 4), "num_virtual_tokens": (1, 10 ** 5), "lr": (1e-12, 1e30),
           "init_std": (1e-12, 1e3), "dropout": (0, 0.99)}              # the other numbers: 1 to a billion
 
 # ------------------------------------------------------------------------------------------------------------
@@ -599,6 +599,8 @@ CHECKPOINTS = ("checkpoint.pt", "checkpoint-before.pt")
 ADAPTER_KEYS = dict(format=int, config=dict, depends_on=dict, task=dict, instance_mean=Tensor,
                     instance_std=Tensor, tensors=dict)
 CHECKPOINT_KEYS = ADAPTER_KEYS | dict(step=int, losses=Tensor, metrics=list, seconds=float, moments=dict)
+METRICS_KEYS = dict(epoch=int, loss=float, accuracy=float, seconds=float)
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")              # what AdamW remembers of every tensor
 
 
 def saved(config: Config, model: Adapted, problem: Problem) -> dict:
@@ -627,16 +629,41 @@ def load_state(path: Path) -> dict:
     """
     try:
         state = data.load_file(path)
-        if state["format"] != FORMAT:
+        kinds = {name: type(value) for name, value in state.items()}
+        if kinds.get("format") is int and state["format"] != FORMAT:
             raise ValueError(f"format {state['format']} instead of {FORMAT}")
-        if {name: type(value) for name, value in state.items()} not in (ADAPTER_KEYS, CHECKPOINT_KEYS):
+        if kinds not in (ADAPTER_KEYS, CHECKPOINT_KEYS):
             raise ValueError("other content")
-        Config(**state["config"] | dict(device="auto"))
         data.Task(**state["task"])
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged, or no file of this program ({short(error)}): delete it, or "
-                         "name another folder") from None
+        here, there = dict(device="auto", model="tiny", encoder="tiny"), state["depends_on"]
+        json.dumps(there)                                              # TypeError: not all are plain values
+        elsewhere = ("data", "fingerprint", "data_sha256", "model", "encoder")      # may be gone by now
+        config = Config(**state["config"] | here).deciding()
+        if there != config | {name: there[name] for name in elsewhere}:
+            raise ValueError("config and depends_on differ")
+        if "step" in state:
+            require_whole(state)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged, or no file of this program ({short(error, 160)}): delete it, "
+                         "or name another folder") from None
     return state
+
+
+def require_whole(state: dict) -> None:
+    """ValueError if the parts of a checkpoint do not fit each other: the one before it may be whole."""
+    step, losses, metrics, moments = (state[name] for name in ("step", "losses", "metrics", "moments"))
+    json.dumps([metrics, state["seconds"]], allow_nan=False)           # ValueError, too
+    if any({name: type(value) for name, value in line.items()} != METRICS_KEYS for line in metrics):
+        raise ValueError("other metrics")
+    like = {f"{name}.{key}": torch.tensor(0.0) if key == "step" else tensor
+            for name, tensor in state["tensors"].items() for key in MOMENTS}
+    require_form(like, moments, "moments")
+    require_form(state["tensors"] | dict(losses=torch.zeros(losses.shape, dtype=torch.float64)),
+                 state["tensors"] | dict(losses=losses), "tensors")
+    in_epochs = step - losses.shape[1]                                 # steps of whole epochs
+    if ({moments[name].item() for name in like if name.endswith(".step")} != {step}
+            or bool(in_epochs) != bool(metrics) or in_epochs % max(len(metrics), 1)):
+        raise ValueError(f"not all of it is of step {step}")
 
 
 def earlier_run(folder: Path) -> dict | None:
@@ -670,7 +697,7 @@ def require_same_run(folder: Path, there: dict, here: dict) -> None:
 def moments(model: Adapted, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """What AdamW remembers of every trained tensor, by name: its steps, its averages of the gradient."""
     return {f"{name}.{key}": optimizer.state[p][key] for name, p in model.trained().items()
-            for key in ("step", "exp_avg", "exp_avg_sq")}
+            for key in MOMENTS}
 
 
 def restore_checkpoint(state: dict, model: Adapted, optimizer: torch.optim.Optimizer, steps_per_epoch: int,
@@ -710,20 +737,27 @@ def restore(adapter: dict, gpt: GPT, encoder: InstanceEncoder, label_ids: Tensor
     return model
 
 
-def load_tensors(wanted: dict[str, Tensor], found: dict[str, Tensor], where: str | Path) -> None:
-    """Copy `found` into `wanted`. ValueError, with nothing changed, if a tensor is missing, unknown, of
-    another form or not finite."""
+def require_form(wanted: dict[str, Tensor], found: dict[str, Tensor], where: str | Path) -> None:
+    """ValueError if one of the tensors `found` is missing, unknown, of another form or not finite."""
     def form(tensor) -> str:
         if not isinstance(tensor, Tensor) or tensor.is_meta or tensor.layout != torch.strided:
             return "no tensor"
         return f"{list(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"
 
+    if not isinstance(found, dict):
+        raise ValueError(f"{where}: no tensors by name: delete it")
     for name in wanted | found:
-        if (needed := form(wanted.get(name))) != (there := form(found.get(name))):
+        needed, there = form(wanted.get(name)), form(found.get(name))
+        if needed != there or needed == "no tensor":
             raise ValueError(f"{where}: {short(repr(name))} is {there} and should be {needed}: it is "
                              "damaged, or another model's")
         if not found[name].isfinite().all():
             raise ValueError(f"{where}: {name!r} has numbers that are not finite: train again")
+
+
+def load_tensors(wanted: dict[str, Tensor], found: dict[str, Tensor], where: str | Path) -> None:
+    """Copy `found` into `wanted`. ValueError, with nothing changed, if they do not have the same form."""
+    require_form(wanted, found, where)
     with torch.no_grad():
         for name, tensor in wanted.items():
             tensor.copy_(found[name])
@@ -763,16 +797,16 @@ def run(config: Config, resume: bool = False) -> dict:
     """
     folder = config.folder
     require_writable(folder)
-    state = earlier_run(folder) if resume else None
-    if state and "step" not in state:
-        require_same_run(folder, state["config"], config.deciding())
-        return finished(config)
+    if state := earlier_run(folder) if resume else None:
+        require_same_run(folder, state["config"], config.deciding())   # before anything is downloaded
     problem = prepare(config)
     model = build(config, problem)
     depends_on = saved(config, model, problem)["depends_on"]
     with locked(folder) if is_first_process() else nullcontext():
         if earlier := state or earlier_run(folder):
             require_same_run(folder, earlier["depends_on"], depends_on)
+            if resume and "step" not in earlier:
+                return finished(config)
             if "step" in earlier:
                 config.say(f"going on after step {earlier['step']}" if resume else
                            f"starting anew: --resume {folder} would go on after step {earlier['step']}")
@@ -829,7 +863,7 @@ def finished(config: Config) -> dict:
         result = dict(json.loads(path.read_bytes()))
         config.say(f"{config.folder} is finished, with accuracy {result['accuracy']:.3f}")
         return result
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({short(error)}): run again without --resume") from None
 
 

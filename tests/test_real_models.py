@@ -86,6 +86,29 @@ def test_tasks_with_f1_and_with_two_dev_sets_report_them(world):
     assert result["scored_on"] == "dev_matched" and 0 <= result["accuracy_dev_mismatched"] <= 1
 
 
+@pytest.mark.parametrize("task, splits", [("mrpc", ["train", "dev"]), ("mnli", ["train", "dev_matched", "dev_mismatched"])])
+def test_shuffled_instances_are_what_every_split_and_score_sees(world, monkeypatch, task, splits):
+    def fit(config, model, problem, folder, state):
+        metrics = original(config, model, problem, folder, state)
+        seen.clear()                                                   # what follows is the scores of the result
+        problems.append(problem)
+        return metrics
+
+    seen, problems, original = [], [], train.fit
+    monkeypatch.setattr(train, "fit", fit)
+    monkeypatch.setattr(train, "predict", lambda model, split, predict=train.predict: seen.append(split) or predict(model, split))
+    run(world, "--task", task, "--shuffle-instances")
+    (shuffled,) = problems
+    flags = ["--model", str(world / "gpt"), "--data", str(world), "--task", task, "--quiet"]
+    own = train.prepare(train.parse_args(flags)[1])
+    theirs = [("train", shuffled.train), *zip(splits[1:], seen)]
+    assert [name for name, _ in theirs] == splits and len(seen) == 2   # both dev sets; accuracy and f1
+    for name, split in theirs:
+        h = own.train.instances if name == "train" else own.tests[name].instances
+        assert not torch.equal(split.instances, h)
+        assert torch.allclose(split.instances.sum(dim=0), h.sum(dim=0), atol=1e-4)
+
+
 @pytest.mark.parametrize("make, message", [
     (lambda world: ["--model", str(world / "nowhere")], "there is no model"),
     (lambda world: ["--model", str(save_gpt2(world / "odd", 97))], "97 tokens, GPT-2's tokenizer"),

@@ -223,7 +223,7 @@ def test_resuming_a_finished_run_changes_nothing(unbroken, tmp_path, capsys):
     capsys.readouterr()
     train.main(["--resume", str(tmp_path)])
     printed = capsys.readouterr().out.splitlines()
-    assert "is finished" in printed[0] and json.loads(printed[1]) == json.loads(before["result.json"])
+    assert "is finished" in printed[-2] and json.loads(printed[-1]) == json.loads(before["result.json"])
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

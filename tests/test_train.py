@@ -300,7 +300,7 @@ def test_a_damaged_adapter_and_one_with_code_in_it_are_refused(capsys, tmp_path)
     ("--task sst2 --method lora2", "argument --method: invalid choice: 'lora2'"),
     ("", "name a task: --task sst2 or mnli"),
     ("--task mnli", "mnli"),
-    ("--task sst2 --rank 0", "--rank: 0 is not between 1 and 10000"),
+    ("--task sst2 --rank 0", "--rank: 0 is not between 1 and 1000"),
     ("--task sst2 --num-virtual-tokens -3", "--num-virtual-tokens: -3 is not between 1 and 100000"),
     ("--task sst2 --lr nan", "--lr: nan is not between 1e-12 and 1e+30"),
     ("--task sst2 --dropout 1", "--dropout: 1.0 is not between 0 and 0.99"),
