@@ -666,7 +666,7 @@ def require_whole(state: dict) -> None:
         raise ValueError(f"not all of it is of step {step}")
 
 
-def earlier_run(folder: Path) -> dict | None:
+def earlier_run(folder: Path, quiet: bool = False) -> dict | None:
     """The newest checkpoint of the folder that can be read, or its adapter; None where no run has been.
 
     ValueError where nothing can be read though a name that we would write is taken: that file is not ours.
@@ -679,7 +679,7 @@ def earlier_run(folder: Path) -> dict | None:
             except ValueError as error:
                 problem = problem or error
                 continue
-            if problem:
+            if problem and not quiet:
                 print(f"train.py: {problem}; using {name}", file=sys.stderr)
             return state
     if problem:
@@ -966,7 +966,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, Config | Non
         return args, None
     if args.resume is not None:                                        # the run's flags, then this command's
         require_effect(args, usual, {"out"}, "--resume, whose folder it is")
-        state = earlier_run(Path(args.resume))
+        state = earlier_run(Path(args.resume), quiet=True)             # `run` looks again, and says what it finds
         if state is None:
             complain(f"{args.resume} holds no run: begin one with --task")
         parser.set_defaults(**state["config"] | dict(out=args.resume))

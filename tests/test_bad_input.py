@@ -30,6 +30,9 @@ TEXT = "the plot is not dull"
 REAL_TINY_GPT = train.tiny_gpt
 
 
+pytestmark = pytest.mark.slow            # 20 s of files and flags, which no kernel changes
+
+
 @pytest.fixture(scope="module", autouse=True)
 def quick(tiny):
     """What is the same each time is made once: the tiny GPT's tokenizer, Config's source as Python 3.11 looks for it."""
