@@ -39,7 +39,8 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn, get_args
 
-if __name__ == "__main__":               # Ctrl-C while torch is being loaded: the end, without a traceback
+# Ctrl-C while torch is being loaded is the end, without a traceback; where it is ignored, it stays ignored.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 try:
     import fcntl
@@ -359,7 +360,7 @@ def ctrl_c_noted(on: bool) -> Iterator[list]:
     stands.
     """
     pressed, before = [], signal.getsignal(signal.SIGINT)
-    if on and not dist.is_initialized():
+    if on and before is not signal.SIG_IGN and not dist.is_initialized():
         signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
     try:
         yield pressed
@@ -966,7 +967,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, Config | Non
         return args, None
     if args.resume is not None:                                        # the run's flags, then this command's
         require_effect(args, usual, {"out"}, "--resume, whose folder it is")
-        state = earlier_run(Path(args.resume), quiet=True)             # `run` looks again, and says what it finds
+        state = earlier_run(Path(args.resume), quiet=True)             # `run` looks again, and says more
         if state is None:
             complain(f"{args.resume} holds no run: begin one with --task")
         parser.set_defaults(**state["config"] | dict(out=args.resume))
@@ -1062,5 +1063,6 @@ def one_process_first() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

@@ -1,5 +1,6 @@
 """The tiny GPT that the tests share: pre-trained once, about 20 s, then read from the cache as any run reads it."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import train
 from model import InstanceEncoder
 
 def pytest_configure(config):
+    signal.signal(signal.SIGINT, signal.default_int_handler)           # ignored where a shell runs us in the background
     config.addinivalue_line("markers", "slow: takes seconds; left out by -m 'not slow'")
 
 
