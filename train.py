@@ -99,14 +99,14 @@ class Config:
     epochs: int = 10                     # passes through the training rows; the last one is scored
     batch_size: int = 32                 # rows of one step
     lr: float | None = None              # peak learning rate (default: of the method, in LEARNING_RATES)
-    init_std: float | None = None        # of Z_S at the start (default: 1 for lopa as released, else 0.1)
+    init_std: float | None = None        # of the prompt at the start (default: 1 for lopa as released, or 0.1)
     num_virtual_tokens: int = 10         # m, length of the prompt
     rank: int = 4                        # r, of U and V
     hidden_dim: int | None = None        # H, of the heads (default: 64 for tiny, else 256)
     fusion: str = "gate"                 # how Z_S and Z_I meet in LoPA
     dropout: float | None = None         # on h (default: 0 for tiny, whose h is short, else 0.1 as released)
     tune_encoder: bool = False           # train a copy of the GPT as encoder too, as released for GLUE
-    dtype: str = "float32"               # of the frozen GPT-2; what is trained stays float32
+    dtype: str = "float32"               # of the frozen model; what is trained stays float32
     # To check a claim
     holdout: int | None = None           # how many training rows to score instead of dev: for choosing --lr
     shuffle_instances: bool = False      # give every text another text's h: LoPA without its instance
@@ -134,7 +134,7 @@ class Config:
         there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         if self.device == "auto":
             self.device = next(name for name in there if there[name])
-        if not there[self.device.partition(":")[0]]:
+        if not there[self.device]:
             raise ValueError(f"--device: PyTorch finds no {self.device} here: use --device auto")
 
     def deciding(self) -> dict:
@@ -165,7 +165,7 @@ def check_option(name: str, value, kinds: tuple[type, ...]) -> None:
         return
     if type(value) not in kinds and not (type(value) is int and float in kinds):
         raise ValueError(f"{flag}: {value!r} is no {kinds[0].__name__}")
-    if name in CHOICES and value not in CHOICES[name] and name != "device":
+    if name in CHOICES and value not in CHOICES[name]:
         raise ValueError(f"{flag}: {value!r} is none of {', '.join(CHOICES[name])}")
     if kinds[0] in (int, float):
         least, most = LIMITS.get(name, (1, 10 ** 9))
@@ -236,9 +236,10 @@ def fit(config: Config, model: Adapted, problem: "Problem", folder: Path | None 
     """Train `model` in place; returns dict(epoch, loss, accuracy, seconds) for every epoch.
 
     With a folder it leaves checkpoints there, and `state`, what one of them holds, is where to go on from.
-    The order of the rows, the rate and the dropout of a step are functions of (seed, step) alone, so a
-    checkpoint is tensors, a step and metrics. Of several processes each takes its part of every batch.
-    Raises FloatingPointError for a loss or weight that is not finite, KeyboardInterrupt for Ctrl-C.
+    The order of the rows, the rate and (in each process) the dropout of a step are functions of (seed, step)
+    alone, so a checkpoint is tensors, a step and metrics. Of several processes each takes its part of every
+    batch. Raises FloatingPointError for a loss or weight that is not finite, KeyboardInterrupt for Ctrl-C,
+    ValueError for a batch too small for the processes and a checkpoint that does not fit.
     """
     began, split = time.time(), problem.train
     process, num_processes = rank_and_world_size()
@@ -264,7 +265,9 @@ def fit(config: Config, model: Adapted, problem: "Problem", folder: Path | None 
         for epoch in range(1, config.epochs + 1):
             first_step, last_step = (epoch - 1) * steps_per_epoch + 1, epoch * steps_per_epoch
             order = shuffled_batches(split, config.batch_size, shuffle)        # of finished epochs too: it
-            model.train()                                                      # moves the generator on
+            if last_step <= done:                                              # moves the generator on
+                continue
+            model.train()
             for step, (batch, share) in enumerate(parts(split, order), start=first_step):
                 if step <= done:
                     continue
@@ -338,13 +341,12 @@ def batches(split: data.Encoded, order: Sequence[Tensor]) -> Iterator[data.Encod
 def require_finite(losses: list[Tensor], parameters: list[Tensor], step: int, total_steps: int,
                    lr: float) -> None:
     """FloatingPointError if one of these losses, which end at `step`, or a weight after it is not finite."""
+    advice = f"of {total_steps}, learning rate {lr:.2e}: start again with a lower --lr"
     for number, loss in enumerate(losses, start=step - len(losses) + 1):
         if not loss.isfinite():
-            raise FloatingPointError(f"loss is {loss} at step {number} of {total_steps}, learning rate "
-                                     f"{lr:.2e}: start again with a lower --lr")
+            raise FloatingPointError(f"loss is {loss} at step {number} {advice}")
     if not all(p.isfinite().all() for p in parameters):
-        raise FloatingPointError(f"weights are not finite after step {step} of {total_steps}, learning rate "
-                                 f"{lr:.2e}: start again with a lower --lr")
+        raise FloatingPointError(f"weights are not finite after step {step} {advice}")
 
 
 def per_process(losses: list[Tensor]) -> Tensor:
@@ -360,8 +362,13 @@ def ctrl_c_noted(on: bool) -> Iterator[list]:
     stands.
     """
     pressed, before = [], signal.getsignal(signal.SIGINT)
+
+    def note(*_) -> None:
+        pressed.append(True)
+        signal.signal(signal.SIGINT, before)                           # a second one ends the run at once
+
     if on and before is not signal.SIG_IGN and not dist.is_initialized():
-        signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+        signal.signal(signal.SIGINT, note)
     try:
         yield pressed
     finally:
@@ -406,7 +413,7 @@ def accuracy(probabilities: Tensor, labels: Tensor) -> float:
 
 def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor) -> Tensor:
     """Scores (N, labels) of ridge regression on h: what the instance embedding tells without the GPT."""
-    def with_bias(h: Tensor) -> Tensor:                                # Apple GPUs have no float64
+    def with_bias(h: Tensor) -> Tensor:                                # on the CPU: Apple GPUs lack float64
         return torch.cat([h, torch.ones_like(h[:, :1])], dim=1).cpu().double()         # (N, d_h + 1)
 
     X, Y = with_bias(train), F.one_hot(train_labels.cpu()).double()
@@ -498,6 +505,8 @@ def prepare(config: Config) -> Problem:
         split = data.encode(task, rows, tokenizer, room)
         for tensor in (split.tokens, split.lengths, split.labels):
             sha256.update(tensor.numpy())
+        if len(set(gathered(sha256.hexdigest()))) > 1:
+            raise ValueError(f"the processes read different data from {source}: copy it to all machines")
         split = split.to(config.device)
         return replace(split, instances=instance_embeddings(encoder, split))
 
@@ -584,7 +593,10 @@ def fingerprint(gpt: GPT, encoder: InstanceEncoder) -> str:
 
 
 def text_room(config: Config, gpt: GPT, encoder: InstanceEncoder) -> int:
-    """How many tokens of text fit into the context behind the prompt. Raises ValueError if none do."""
+    """How many tokens of text fit into the context behind the prompt. Raises ValueError if none do.
+
+    The same for methods without a prompt, so that all see the same texts.
+    """
     context, m = gpt.config.n_positions, config.num_virtual_tokens * (2 if config.fusion == "concat" else 1)
     if m >= context:
         raise ValueError(f"{m} prompt tokens leave no room for text in a context of {context}: "
@@ -597,6 +609,7 @@ def text_room(config: Config, gpt: GPT, encoder: InstanceEncoder) -> int:
 
 FORMAT = 2                               # of adapters and checkpoints
 CHECKPOINTS = ("checkpoint.pt", "checkpoint-before.pt")
+NEW_CHECKPOINT = "checkpoint-new.pt"     # for a moment, while the others change places
 ADAPTER_KEYS = dict(format=int, config=dict, depends_on=dict, task=dict, instance_mean=Tensor,
                     instance_std=Tensor, tensors=dict)
 CHECKPOINT_KEYS = ADAPTER_KEYS | dict(step=int, losses=Tensor, metrics=list, seconds=float, moments=dict)
@@ -618,9 +631,10 @@ def save_checkpoint(folder: Path, state: dict) -> None:
     """Write DIR/checkpoint.pt and keep the one before it: a crash can damage what was written last."""
     if is_first_process():
         newest, before = (folder / name for name in CHECKPOINTS)
+        data.save_file(folder / NEW_CHECKPOINT, state)                 # whole, before an older one goes
         if newest.exists():
             os.replace(newest, before)
-        data.save_file(newest, state)
+        os.replace(folder / NEW_CHECKPOINT, newest)
 
 
 def load_state(path: Path) -> dict:
@@ -651,16 +665,15 @@ def load_state(path: Path) -> dict:
 
 
 def require_whole(state: dict) -> None:
-    """ValueError if the parts of a checkpoint do not fit each other: the one before it may be whole."""
+    """ValueError if a checkpoint's parts do not fit each other: earlier_run then tries the one before it."""
     step, losses, metrics, moments = (state[name] for name in ("step", "losses", "metrics", "moments"))
     json.dumps([metrics, state["seconds"]], allow_nan=False)           # ValueError, too
     if any({name: type(value) for name, value in line.items()} != METRICS_KEYS for line in metrics):
         raise ValueError("other metrics")
-    like = {f"{name}.{key}": torch.tensor(0.0) if key == "step" else tensor
-            for name, tensor in state["tensors"].items() for key in MOMENTS}
-    require_form(like, moments, "moments")
-    require_form(state["tensors"] | dict(losses=torch.zeros(losses.shape, dtype=torch.float64)),
-                 state["tensors"] | dict(losses=losses), "tensors")
+    like = state["tensors"] | dict(losses=torch.zeros(losses.shape, dtype=torch.float64)) | {
+        f"{name}.{key}": torch.tensor(0.0) if key == "step" else tensor
+        for name, tensor in state["tensors"].items() for key in MOMENTS}
+    require_form(like, state["tensors"] | moments | dict(losses=losses), "tensors")
     in_epochs = step - losses.shape[1]                                 # steps of whole epochs
     if ({moments[name].item() for name in like if name.endswith(".step")} != {step}
             or bool(in_epochs) != bool(metrics) or in_epochs % max(len(metrics), 1)):
@@ -673,7 +686,7 @@ def earlier_run(folder: Path, quiet: bool = False) -> dict | None:
     ValueError where nothing can be read though a name that we would write is taken: that file is not ours.
     """
     problem = None
-    for name in (*CHECKPOINTS, "adapter.pt", "metrics.jsonl", "result.json"):
+    for name in (*CHECKPOINTS, NEW_CHECKPOINT, "adapter.pt", "metrics.jsonl", "result.json"):
         if (folder / name).exists():
             try:
                 state = load_state(folder / name)
@@ -768,15 +781,17 @@ def load_tensors(wanted: dict[str, Tensor], found: dict[str, Tensor], where: str
 def locked(folder: Path) -> Iterator[None]:
     """Nobody else runs in the folder meanwhile: ValueError if somebody does. It ends with the process."""
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY) if fcntl else None
     try:
         if fcntl:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
     except BlockingIOError:
         raise ValueError(f"{folder} is in use by another run: name another folder with --out") from None
+    try:
+        yield
     finally:
-        os.close(descriptor)
+        if fcntl:
+            os.close(descriptor)
 
 
 def require_writable(folder: Path) -> None:
@@ -820,19 +835,18 @@ def run(config: Config, resume: bool = False) -> dict:
             message = f"{str(error) or 'interrupted'}; {advice if kept else 'nothing was saved yet'}"
             raise type(error)(message) from None
         for name, test in problem.tests.items():
-            score = accuracy(predict(model, test), test.labels)
-            result["accuracy" if name == problem.test_name else f"accuracy_{name}"] = score
-        if "f1" in data.TASKS[config.task].metrics:
-            result["f1"] = data.f1(predict(model, problem.test).argmax(dim=-1), problem.test.labels)
+            suffix, scores = "" if name == problem.test_name else f"_{name}", predict(model, test)
+            result["accuracy" + suffix] = accuracy(scores, test.labels)
+            if "f1" in data.TASKS[config.task].metrics:
+                result["f1" + suffix] = data.f1(scores.argmax(dim=-1), test.labels)
         result["train_seconds"] = metrics[-1]["seconds"]
         if is_first_process():
             data.save_file(folder / "adapter.pt", saved(config, model, problem))
             data.save_file(folder / "metrics.jsonl", [depends_on, *metrics])
             data.save_file(folder / "result.json", result)
-            for name in CHECKPOINTS:
-                (folder / name).unlink(missing_ok=True)
-                for half in folder.glob(f"{name}.*.part"):             # of a process that was killed
-                    half.unlink()
+            killed = folder.glob(f"{NEW_CHECKPOINT}.*.part")           # half files, of processes that were
+            for path in [*(folder / name for name in (*CHECKPOINTS, NEW_CHECKPOINT)), *killed]:
+                path.unlink(missing_ok=True)
     config.say(f"wrote {folder}/adapter.pt, metrics.jsonl and result.json\n"
                f'to use it: python train.py --adapter {folder} --predict "..."')
     return result
@@ -1025,11 +1039,13 @@ def main(argv: list[str] | None = None) -> None:
 def join_processes(config: Config) -> None:
     if "LOCAL_RANK" not in os.environ:                                 # torchrun sets it
         return
+    number = int(os.environ["LOCAL_RANK"])
+    if config.device == "mps" or config.device == "cuda" and number >= torch.cuda.device_count():
+        raise ValueError(f"--device {config.device}: there is not one for each process: use --device cpu")
     if config.device == "cuda":
-        config.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(config.device)
+        torch.cuda.set_device(number)                                  # from here on "cuda" is this one
     # A large model may be downloaded while the others wait; torchrun ends all of them as soon as one fails.
-    dist.init_process_group("nccl" if config.device.startswith("cuda") else "gloo", timeout=timedelta(days=1))
+    dist.init_process_group("nccl" if config.device == "cuda" else "gloo", timeout=timedelta(days=1))
     config.quiet = config.quiet or not is_first_process()              # the first one speaks
 
 

@@ -392,7 +392,7 @@ CHECKPOINT = [
     (put(metrics=[dict(epoch="1", loss=1.0, accuracy=1.0, seconds=1.0)]), "metrics"),
     (put(metrics=[dict(epoch=1, loss=1.0, accuracy=1.0, seconds=1.0)] * 3), "not all of it is of step"),
     (put(seconds=float("nan")), "not JSON compliant"),
-    (lambda state: state["moments"].clear(), "moments"), (entry("moments", extra=torch.zeros(1)), "extra"),
+    (lambda state: state["moments"].clear(), "soft_prompt.step"), (entry("moments", extra=torch.zeros(1)), "extra"),
     *((tensor(change, "prompt.soft_prompt.exp_avg", "moments"), "exp_avg")
       for change in (of_nan, lambda x: x.double(), lambda x: x[:2], lambda x: x.to("meta"), lambda x: x.to_sparse(), lambda x: 5)),
     (entry("depends_on", rank=3), "differ"), (entry("depends_on", lr=torch.zeros(2)), "damaged"),
@@ -601,7 +601,7 @@ def test_files_of_others_survive_a_whole_run(place):
     others = {name: name.encode() for name in ("checkpoint-best.pt", "movie.part", "checkpoint.pt.part", "notes.json")}
     for name, content in others.items():
         (place / "cut" / name).write_bytes(content)
-    (place / "cut/checkpoint.pt.0a1b2c3d.part").write_bytes(b"of a killed process")
+    (place / "cut/checkpoint-new.pt.0a1b2c3d.part").write_bytes(b"of a killed process")
     train.main([*RUN, "--save-every", "1", "--out", "cut"])
     left = {path.name: path.read_bytes() for path in (place / "cut").iterdir()}
     assert others.items() <= left.items()

@@ -125,7 +125,7 @@ def test_a_run_interrupted_by_ctrl_c_goes_on_where_it_was(tiny, tmp_path, monkey
     interrupt(monkeypatch, step, *argv, "--out", tmp_path / "run")
     captured = capsys.readouterr()
     assert f"interrupted at step {step} of 20" in captured.err and f"--resume {tmp_path / 'run'}" in captured.err
-    (tmp_path / "run" / "checkpoint.pt.0a1b2c3d.part").write_bytes(b"half a file, of a process that was killed")
+    (tmp_path / "run" / "checkpoint-new.pt.0a1b2c3d.part").write_bytes(b"half a file, of a process that was killed")
     train.main(["--resume", str(tmp_path / "run")])
     assert f"going on after step {step}" in capsys.readouterr().out
     assert outcome(tmp_path / "run") == outcome(tmp_path / "unbroken")
