@@ -1030,6 +1030,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
     finally:
         if dist.is_initialized():
+            gc.collect()                                               # what uses the group goes before it
             dist.destroy_process_group()
 
 
@@ -1084,4 +1085,3 @@ if __name__ == "__main__":
         signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.freeze()                          # no search for garbage in torch itself: a tenth of the sample's run
     main()
-    gc.freeze()
