@@ -618,11 +618,15 @@ METRICS_KEYS = dict(epoch=int, loss=float, accuracy=float, seconds=float)
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")              # what AdamW remembers of every tensor
 
 
+def all_that_decides(config: Config, problem: Problem) -> dict:
+    """What a result depends on: two runs are the same if this is."""
+    return config.deciding() | dict(data=problem.source, fingerprint=problem.fingerprint,
+                                    data_sha256=problem.data_sha256)
+
+
 def saved(config: Config, model: Adapted, problem: Problem) -> dict:
     """What an adapter and a checkpoint both hold: the trained tensors, and all that they depend on."""
-    depends_on = config.deciding() | dict(data=problem.source, fingerprint=problem.fingerprint,
-                                          data_sha256=problem.data_sha256)
-    return dict(format=FORMAT, config=config.deciding(), depends_on=depends_on,
+    return dict(format=FORMAT, config=config.deciding(), depends_on=all_that_decides(config, problem),
                 task=asdict(data.TASKS[config.task]) | {"sample": None},
                 instance_mean=problem.encoder.mean.cpu(), instance_std=problem.encoder.std.cpu(),
                 tensors={name: tensor.detach().cpu() for name, tensor in model.trained().items()})
@@ -818,7 +822,7 @@ def run(config: Config, resume: bool = False) -> dict:
         require_same_run(folder, state["config"], config.deciding())   # before anything is downloaded
     problem = prepare(config)
     model = build(config, problem)
-    depends_on = saved(config, model, problem)["depends_on"]
+    depends_on = all_that_decides(config, problem)
     with locked(folder) if is_first_process() else nullcontext():
         if earlier := state or earlier_run(folder):
             require_same_run(folder, earlier["depends_on"], depends_on)
