@@ -214,20 +214,28 @@ class GPT(nn.Module):
 class InstanceEncoder(nn.Module):
     """Text -> instance embedding h (B, d_h), from a frozen GPT: what the input is to the model half-way up.
 
-    The hidden states after half of the blocks, each layer-normalised, averaged over the real tokens; then
-    every feature is standardised with the training split's mean and deviation, once `fit` has seen them.
+    The hidden states after `num_blocks` blocks (by default half of them), each layer-normalised, averaged
+    over the real tokens; then every feature is standardised with the training split's mean and deviation,
+    once `fit` has seen them. With num_blocks=0 it is the token embeddings that are averaged: a bag of words,
+    which knows nothing of their order. Raises ValueError for more blocks than the GPT has.
     """
 
-    def __init__(self, gpt: GPT):
+    def __init__(self, gpt: GPT, num_blocks: int | None = None):
         super().__init__()
         self.gpt = gpt.requires_grad_(False).eval()
-        self.num_blocks = (gpt.config.n_layer + 1) // 2
+        n_layer = gpt.config.n_layer
+        self.num_blocks = (n_layer + 1) // 2 if num_blocks is None else num_blocks
+        if not 0 <= self.num_blocks <= n_layer:
+            raise ValueError(f"the encoder has {n_layer} blocks, h cannot be read after {num_blocks}: name "
+                             f"0 to {n_layer}")
         self.register_buffer("mean", torch.zeros(gpt.config.n_embd))
         self.register_buffer("std", torch.ones(gpt.config.n_embd))
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Tokens (B, T), right-padded, and lengths (B,) -> h (B, d_h)."""
-        hidden = self.gpt.hidden(self.gpt.embed(tokens), num_blocks=self.num_blocks)   # (B, T, d)
+        hidden = self.gpt.embed(tokens)                                # (B, T, d), without positions
+        if self.num_blocks:
+            hidden = self.gpt.hidden(hidden, num_blocks=self.num_blocks)
         # bfloat16 is too coarse to average in.
         hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         hidden = F.layer_norm(hidden, hidden.shape[-1:])               # no token outweighs the others
