@@ -46,7 +46,7 @@ class SoftPrompt(nn.Module):
     """
 
     KEYWORDS = ("embed_dim", "instance_dim", "num_virtual_tokens", "rank", "hidden_dim", "dropout", "fusion",
-                "init_std", "max_length")
+                "init_std", "head_std", "max_length")
 
     def __init__(self, **unused):
         super().__init__()
@@ -93,20 +93,20 @@ class Head(nn.Module):
 
     Shapes: h (B, d_h), W_1 (H, d_h), b_1 (H,), W_2 (out, H), b_2 (out,).
 
-    Weights start as N(0, 1/fan_in). The released code uses N(0, 0.02^2) (utils/model.py @0b7e1ae,
-    init_predictor_head) for an encoder 1024 wide, where 1/sqrt(fan_in) is 0.03. On narrow encoders 0.02
-    would leave U and V near 0, where each factor's gradient is proportional to the other one and learning
-    starts late or never; following the width is the same rule at 1024 and works at 64. Biases are as
-    released: b_2 = 0, b_1 PyTorch's.
+    Weights start as N(0, 1/fan_in), or with `init_std` as N(0, init_std^2). The released code has 0.02
+    (utils/model.py @0b7e1ae, init_predictor_head) for an encoder 1024 wide, where 1/sqrt(fan_in) is 0.03;
+    following the width is the same rule there and works at 64. Biases are as released: b_2 = 0, b_1
+    PyTorch's.
     """
 
-    def __init__(self, instance_dim: int, hidden_dim: int, out_features: int, dropout: float):
+    def __init__(self, instance_dim: int, hidden_dim: int, out_features: int, dropout: float,
+                 init_std: float | None = None):
         super().__init__()
         self.dropout = nn.Dropout(dropout)
         self.down_proj = nn.Linear(instance_dim, hidden_dim)     # W_1: (H, d_h)
         self.up_proj = nn.Linear(hidden_dim, out_features)       # W_2: (out, H)
-        nn.init.normal_(self.down_proj.weight, std=1 / math.sqrt(instance_dim))
-        nn.init.normal_(self.up_proj.weight, std=1 / math.sqrt(hidden_dim))
+        nn.init.normal_(self.down_proj.weight, std=init_std or 1 / math.sqrt(instance_dim))
+        nn.init.normal_(self.up_proj.weight, std=init_std or 1 / math.sqrt(hidden_dim))
         nn.init.zeros_(self.up_proj.bias)
 
     def forward(self, instance: Tensor) -> Tensor:
@@ -122,6 +122,10 @@ class LoPA(SoftPrompt):
     Trainable: N = m d + 2 (d_h H + H) + r (m + d)(H + 1). Each further virtual token costs d + r (H + 1),
     against IDPG's d (H + 1).
 
+    The start: U = 0, as one of LoRA's factors, so that Z_I = 0 and every gate is 1/2. A random U and V give
+    every input a random gate, which is noise that training has to undo; on a real language model and few
+    labels it never does. With head_std=0.02 both heads start as released, and the gate near 1/2.
+
     fusion: how Z_S and Z_I = U V^T meet. "gate" is LoPA; the others are the released code's ablations,
     without the sigmoid: "add" Z_S + Z_I, "max" elementwise, "concat" [Z_S ; Z_I], which is 2 m tokens long.
     Raises ValueError for sizes below 1 and for an unknown fusion.
@@ -129,7 +133,7 @@ class LoPA(SoftPrompt):
 
     def __init__(self, embed_dim: int, instance_dim: int, num_virtual_tokens: int = 10, rank: int = 4,
                  hidden_dim: int = 256, dropout: float = 0.1, fusion: str = "gate", init_std: float = 1.0,
-                 **unused):
+                 head_std: float | None = None, **unused):
         super().__init__(**unused)
         require_positive(embed_dim=embed_dim, instance_dim=instance_dim,
                          num_virtual_tokens=num_virtual_tokens, rank=rank, hidden_dim=hidden_dim)
@@ -137,8 +141,10 @@ class LoPA(SoftPrompt):
             raise ValueError(f"unknown fusion {fusion!r}: choose one of {', '.join(FUSIONS)}")
         self.rank, self.fusion = rank, fusion
         self.soft_prompt = nn.Parameter(init_std * torch.randn(num_virtual_tokens, embed_dim))  # Z_S: (m, d)
-        self.u_head = Head(instance_dim, hidden_dim, num_virtual_tokens * rank, dropout)
-        self.v_head = Head(instance_dim, hidden_dim, embed_dim * rank, dropout)
+        self.u_head = Head(instance_dim, hidden_dim, num_virtual_tokens * rank, dropout, head_std)
+        self.v_head = Head(instance_dim, hidden_dim, embed_dim * rank, dropout, head_std)
+        if head_std is None:
+            nn.init.zeros_(self.u_head.up_proj.weight)
 
     def factors(self, instance: Tensor) -> tuple[Tensor, Tensor]:
         """h (B, d_h) -> U (B, m, r), V (B, d, r)."""
@@ -309,47 +315,63 @@ class ADePT(PromptTuning):
 
 
 class LoRALinear(nn.Module):
-    """W_0 x + (alpha / r) B A x around GPT-2's frozen c_attn (Hu et al. 2021, arXiv 2106.09685).
+    """W_0 x + (alpha / r) B A x around a frozen linear layer (Hu et al. 2021, arXiv 2106.09685).
 
-    c_attn computes query, key and value at once: W_0 (3 d, d) is three matrices (d, d), one below the other.
-    Each has an A (r, d) and a B (d, r) of its own, B = 0 at the start, and so 2 d r trainable numbers.
-    alpha = 2 r, so alpha / r = 2. Shapes: x (..., d) -> (..., 3 d).
+    GPT-2's c_attn computes query, key and value at once: its W_0 (3 d, d) is num_parts = 3 matrices (d, d),
+    one below the other. Each part has an A (r, in) and a B (out / num_parts, r) of its own, B = 0 at the
+    start; for c_attn 2 d r trainable numbers a part. alpha = 2 r, so alpha / r = 2.
+    Shapes: x (..., in) -> (..., out).
     """
 
-    def __init__(self, c_attn: nn.Linear, rank: int):
+    def __init__(self, linear: nn.Linear, rank: int, num_parts: int = 1):
         super().__init__()
         require_positive(rank=rank)
-        d = c_attn.in_features
-        self.linear = c_attn.requires_grad_(False)
-        self.A = nn.Parameter(torch.empty(3, rank, d).uniform_(-1, 1) / math.sqrt(d))    # (3, r, d)
-        self.B = nn.Parameter(torch.zeros(3, d, rank))                                   # (3, d, r)
+        p, d_in = num_parts, linear.in_features
+        self.linear = linear.requires_grad_(False)
+        self.A = nn.Parameter(torch.empty(p, rank, d_in).uniform_(-1, 1) / math.sqrt(d_in))  # (p, r, in)
+        self.B = nn.Parameter(torch.zeros(p, linear.out_features // p, rank))                # (p, out/p, r)
 
     def forward(self, x: Tensor) -> Tensor:
-        low = torch.einsum("prd,...d->...pr", self.A.to(x.dtype), x)         # (..., d) -> (..., 3, r)
-        update = 2 * torch.einsum("pdr,...pr->...pd", self.B.to(x.dtype), low)       # Eq. (12): (..., 3, d)
-        return self.linear(x) + update.flatten(-2)                           # (..., 3 d)
+        low = torch.einsum("pri,...i->...pr", self.A.to(x.dtype), x)         # (..., in) -> (..., p, r)
+        update = 2 * torch.einsum("por,...pr->...po", self.B.to(x.dtype), low)       # Eq. (12)
+        return self.linear(x) + update.flatten(-2)                           # (..., out)
 
     def merged(self) -> nn.Linear:
         """The same map as one plain linear layer: after training, LoRA costs nothing more."""
         linear = copy.deepcopy(self.linear)
-        linear.weight.data += 2 * (self.B @ self.A).flatten(0, 1)            # (3, d, d) -> (3 d, d)
+        linear.weight.data += 2 * (self.B @ self.A).flatten(0, 1)            # (p, out/p, in) -> (out, in)
         return linear
 
 
-def add_lora(model: nn.Module, rank: int) -> nn.Module:
-    """Freeze `model` and wrap the c_attn of each of its blocks, in place; returns the model."""
+# What computes queries, keys and values: GPT-2's one layer for all three; GPT-NeoX's, which mixes them head
+# by head and so counts as one matrix; Llama's, Qwen2's and OPT's.
+ATTENTION_PROJECTIONS = {"c_attn": 3, "query_key_value": 1, "q_proj": 1, "k_proj": 1, "v_proj": 1}
+
+
+def add_lora(model: nn.Module, rank: int,
+             target_modules: dict[str, int] = ATTENTION_PROJECTIONS) -> nn.Module:
+    """Freeze `model` and wrap its linear layers of these names, in place; returns the model.
+
+    target_modules: name of the layer -> how many matrices it holds, one below the other. ValueError: the
+    model has no layer so named.
+    """
     model.requires_grad_(False)
-    for module in list(model.modules()):
-        if hasattr(module, "c_attn"):
-            module.c_attn = LoRALinear(module.c_attn, rank)
+    found = [(parent, name) for parent in model.modules() for name, _ in parent.named_children()
+             if name in target_modules]
+    if not found:
+        raise ValueError(f"the model has no layer named {', '.join(target_modules)}: name its attention's "
+                         "projections in target_modules")
+    for parent, name in found:
+        setattr(parent, name, LoRALinear(getattr(parent, name), rank, target_modules[name]))
     return model
 
 
 def merge_lora(model: nn.Module) -> nn.Module:
-    """Replace each c_attn that add_lora wrapped by its merged plain layer, in place; returns the model."""
-    for module in list(model.modules()):
-        if isinstance(getattr(module, "c_attn", None), LoRALinear):
-            module.c_attn = module.c_attn.merged()
+    """Replace each layer that add_lora wrapped by its merged plain one, in place; returns the model."""
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, LoRALinear):
+                setattr(parent, name, layer.merged())
     return model
 
 

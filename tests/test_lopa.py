@@ -248,7 +248,7 @@ def test_lora_starts_as_the_model_itself_and_trains_two_d_r_for_each_of_q_k_v():
 
 
 def test_lora_starts_with_a_uniform_a_that_follows_the_width_and_a_zero_b():
-    layer = lopa.LoRALinear(torch.nn.Linear(100, 300), rank=8)
+    layer = lopa.LoRALinear(torch.nn.Linear(100, 300), rank=8, num_parts=3)
     assert layer.A.abs().max() <= 0.1 and layer.A.std().item() == pytest.approx(0.1 / 3 ** 0.5, rel=0.05)
     assert layer.B.shape == (3, 100, 8) and not layer.B.any()
 
@@ -423,7 +423,7 @@ def test_published_counts_are_reproduced(method, sizes, published, digits):
 @pytest.mark.parametrize("d, n_layer, rank, exact, published", LORA_COUNTS)
 def test_published_lora_counts_are_reproduced(d, n_layer, rank, exact, published):
     with torch.device("meta"):
-        layers = torch.nn.ModuleList(lopa.LoRALinear(torch.nn.Linear(d, 3 * d), rank) for _ in range(n_layer))
+        layers = torch.nn.ModuleList(lopa.LoRALinear(torch.nn.Linear(d, 3 * d), rank, 3) for _ in range(n_layer))
     query_and_value = sum(factor[[0, 2]].numel() for layer in layers for factor in (layer.A, layer.B))
     assert query_and_value == exact and round(exact / 1e6, 1) == published
     assert get_nb_trainable_parameters(layers)[0] == 3 * exact // 2        # ours adapts the key as well
