@@ -346,6 +346,11 @@ def encode(task: Task, rows: list[Row], tokenizer: tiktoken.Encoding, max_length
     return Encoded(padded, lengths, labels, sum(cut for _, cut in encoded))
 
 
+def template_ending(task: Task, tokenizer: tiktoken.Encoding) -> Tensor:
+    """Token ids of what the template has after its last field, (n,)."""
+    return torch.tensor(tokenizer.encode_ordinary(task.template.rpartition("}")[2]), dtype=torch.long)
+
+
 def label_tokens(task: Task, tokenizer: tiktoken.Encoding) -> Tensor:
     """Token ids of the label words, (number of labels,). Raises ValueError for one that is not one token."""
     ids = []

@@ -57,23 +57,28 @@ from tqdm import tqdm
 
 import data
 from data import short
-from lopa import FUSIONS, METHODS, add_lora, get_nb_trainable_parameters
+from lopa import FUSIONS, METHODS, Head, add_lora, get_nb_trainable_parameters
 from model import GPT, PRETRAINING, InstanceEncoder, cosine_factor, pretrain, tiny_config
 
 # Peak learning rates, chosen on held-out training rows of the sample: experiments/README.md.
-LEARNING_RATES = {"lopa": 3e-3, "idpg": 1e-2, "pt": 3e-1, "dpt": 3e-2, "bpt": 1e-2, "residual": 1e-2,
+LEARNING_RATES = {"lopa": 3e-2, "idpg": 1e-2, "pt": 3e-1, "dpt": 3e-2, "bpt": 1e-2, "residual": 1e-2,
                   "dept": 3e-2, "adept": 1e-2, "lora": 3e-3, "full": 1e-3}
 
-# Deviation of the learned prompt at the start. LoPA's is the released code's; a prompt without a gate does
-# better when it starts at the size of the tiny GPT's token embeddings (chosen in the same way).
-INIT_STD = {"lopa": 1.0, "pt": 0.1, "residual": 0.1, "dept": 0.1, "adept": 0.1}
+HEAD_LEARNING_RATE = 1e-3
+
+COMMAND = "python train.py"              # as messages give it
+
+# What tells whether a method reads: each takes something away, in training and in scoring alike.
+CONTROLS = ("shuffled", "constant", "blind")
 
 # What the fields of Config may be; flags, adapters and checkpoints are held to it alike.
 CHOICES = {"task": data.TASKS, "method": LEARNING_RATES, "fusion": FUSIONS, "dtype": ("float32", "bfloat16"),
-           "device": ("auto", "cpu", "cuda", "mps")}
+           "device": ("auto", "cpu", "cuda", "mps"), "control": CONTROLS}
 LIMITS = {"seed": (0, 2 ** 31), "pretrain_seed": (0, 2 ** 31), "epochs": (1, 10 ** 6), "rank": (1, 1000),
+          "encoder_blocks": (0, 1000),
           "hidden_dim": (1, 10 ** 4), "num_virtual_tokens": (1, 10 ** 5), "lr": (1e-12, 1e30),
-          "init_std": (1e-12, 1e3), "dropout": (0, 0.99)}              # the other numbers: 1 to a billion
+          "head_lr": (1e-12, 1e30), "encoder_lr": (1e-12, 1e30), "init_std": (1e-12, 1e3),
+          "head_std": (1e-12, 1e3), "dropout": (0, 0.99)}              # the other numbers: 1 to a billion
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. What a run is
@@ -93,6 +98,7 @@ class Config:
     method: str = "lopa"                 # one of lopa.py's METHODS; lora and full change the model itself
     model: str = "tiny"                  # frozen: tiny; gpt2, gpt2-medium, ..., downloaded; or its folder
     encoder: str | None = None           # another model for the instance embedding h (default: the same)
+    encoder_blocks: int | None = None    # h is read after so many blocks (default: half), 0: bag of words
     data: str | None = None              # folder of GLUE files instead of the built-in sample
     max_train: int | None = None         # how many random training rows to use (default: all)
     # How to train it
@@ -100,7 +106,10 @@ class Config:
     epochs: int = 10                     # passes through the training rows; the last one is scored
     batch_size: int = 32                 # rows of one step
     lr: float | None = None              # peak learning rate (default: of the method, in LEARNING_RATES)
-    init_std: float | None = None        # of the prompt at the start (default: 1 for lopa as released, or 0.1)
+    head_lr: float | None = None         # of LoPA's heads (default: HEAD_LEARNING_RATE)
+    encoder_lr: float | None = None      # of a tuned encoder (default: that of --method full)
+    init_std: float | None = None        # of the prompt at the start (default: as the model's embeddings)
+    head_std: float | None = None        # of LoPA's heads at the start, 0.02 as released (default: U = 0)
     num_virtual_tokens: int = 10         # m, length of the prompt
     rank: int = 4                        # r, of U and V
     hidden_dim: int | None = None        # H, of the heads (default: 64 for tiny, else 256)
@@ -110,7 +119,7 @@ class Config:
     dtype: str = "float32"               # of the frozen model; what is trained stays float32
     # To check a claim
     holdout: int | None = None           # how many training rows to score instead of dev: for choosing --lr
-    shuffle_instances: bool = False      # give every text another text's h: LoPA without its instance
+    control: str | None = None           # shuffled: another text's h; constant: the same h; blind: no text
     pretrain_seed: int = 0               # of the tiny GPT
     # Where and how to run: what follows does not decide the result
     out: str | None = None               # run folder (default: a name under runs/ that says what is in it)
@@ -129,7 +138,8 @@ class Config:
                 raise ValueError(f"there is no model {short(name)}: name tiny, {', '.join(data.GPT2_MODELS)} "
                                  "or a folder")
         self.lr = LEARNING_RATES[self.method] if self.lr is None else self.lr
-        self.init_std = INIT_STD.get(self.method, 1.0) if self.init_std is None else self.init_std
+        self.head_lr = HEAD_LEARNING_RATE if self.head_lr is None else self.head_lr
+        self.encoder_lr = LEARNING_RATES["full"] if self.encoder_lr is None else self.encoder_lr
         self.hidden_dim = (64 if tiny else 256) if self.hidden_dim is None else self.hidden_dim
         self.dropout = (0.0 if tiny else 0.1) if self.dropout is None else self.dropout
         there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -192,11 +202,13 @@ class Adapted(nn.Module):
         if config is None:
             return
         if config.method in METHODS:
+            every_token = torch.arange(gpt.config.vocab_size, device=label_ids.device)
+            init_std = config.init_std or gpt.embed(every_token).float().std().item()
             self.prompt = METHODS[config.method](
                 embed_dim=gpt.config.n_embd, instance_dim=len(encoder.mean),
                 num_virtual_tokens=config.num_virtual_tokens, rank=config.rank, hidden_dim=config.hidden_dim,
-                dropout=config.dropout, fusion=config.fusion, init_std=config.init_std,
-                max_length=gpt.config.n_positions)
+                dropout=config.dropout, fusion=config.fusion, init_std=init_std,
+                head_std=config.head_std, max_length=gpt.config.n_positions)
         elif config.method == "lora":
             self.gpt = add_lora(copy.deepcopy(gpt), config.rank)
         elif config.method == "full":
@@ -205,8 +217,10 @@ class Adapted(nn.Module):
             raise ValueError(f"unknown method {config.method!r}: choose one of {', '.join(LEARNING_RATES)}")
         if config.tune_encoder:
             self.encoder = copy.deepcopy(encoder).float().requires_grad_(True)
-            self.encoder.gpt.h = self.encoder.gpt.h[:encoder.num_blocks]       # drop what h never sees
-            self.encoder.gpt.ln_f = nn.Identity()
+            one = torch.ones(1, 1, dtype=torch.long, device=encoder.mean.device)
+            self.encoder(one, lengths=one[0]).sum().backward()
+            for p in self.encoder.parameters():                        # later blocks have no part in h
+                p.requires_grad_(p.grad is not None).grad = None
         self.to(label_ids.device)
 
     def forward(self, tokens: Tensor, lengths: Tensor, instance: Tensor) -> Tensor:
@@ -251,7 +265,7 @@ def fit(config: Config, model: Adapted, problem: "Problem", folder: Path | None 
     total_steps = config.epochs * steps_per_epoch
     warmup_steps, save_every = int(0.06 * total_steps), config.save_every or steps_per_epoch
     parameters = list(model.trained().values())
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameter_groups(config, model), weight_decay=0.0)
     forward = DistributedDataParallel(model, init_sync=False) if num_processes > 1 else model
     shuffle = torch.Generator().manual_seed(config.seed)               # of the order of the rows alone
     # What dropout draws from. torch.manual_seed would seed the generators of all devices: 0.5 ms a step.
@@ -272,8 +286,10 @@ def fit(config: Config, model: Adapted, problem: "Problem", folder: Path | None 
             for step, (batch, share) in enumerate(parts(split, order), start=first_step):
                 if step <= done:
                     continue
-                lr = config.lr * cosine_factor(step - 1, warmup_steps, total_steps)
-                optimizer.param_groups[0]["lr"] = lr
+                factor = cosine_factor(step - 1, warmup_steps, total_steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak_lr"] * factor
+                lr = config.lr * factor
                 dropout.manual_seed((config.seed * total_steps + step - 1) * num_processes + process)
                 logits = forward(batch.tokens, batch.lengths, batch.instances)         # (B, labels)
                 loss = F.cross_entropy(logits, batch.labels)           # over the label words alone
@@ -302,6 +318,16 @@ def fit(config: Config, model: Adapted, problem: "Problem", folder: Path | None 
                 if pressed:
                     raise KeyboardInterrupt(f"interrupted at step {step} of {total_steps}")
     return metrics
+
+
+def parameter_groups(config: Config, model: Adapted) -> list[dict]:
+    """What is trained, by peak learning rate: Z_S, LoPA's heads and a tuned encoder move by different steps."""
+    groups: dict[float, list] = {}
+    for name, p in model.trained().items():
+        heads, encoder = name.startswith(("prompt.u_head.", "prompt.v_head.")), name.startswith("encoder.")
+        lr = config.head_lr if heads else config.encoder_lr if encoder else config.lr
+        groups.setdefault(lr, []).append(p)
+    return [dict(params=params, peak_lr=lr) for lr, params in groups.items()]
 
 
 def shuffled_batches(split: data.Encoded, batch_size: int, generator: torch.Generator) -> list[Tensor]:
@@ -422,13 +448,31 @@ def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor) -> Tensor:
     return with_bias(test) @ torch.linalg.solve(X.T @ X + ridge, X.T @ Y)
 
 
-def baselines(problem: "Problem") -> dict[str, float]:
-    """Accuracies without a trained method: of the commonest label, the bare model, h without the model."""
+class HiddenLayerProbe(nn.Module):
+    """The labels from h alone, without the GPT, by a head as wide as LoPA's: `fit` trains it like those."""
+
+    def __init__(self, config: Config, problem: "Problem"):
+        super().__init__()
+        torch.manual_seed(config.seed)
+        self.label_ids, num_labels = problem.label_ids, len(problem.label_ids)
+        self.head = Head(len(problem.encoder.mean), config.hidden_dim, num_labels, config.dropout)
+        self.to(self.label_ids.device)
+
+    def forward(self, tokens: Tensor, lengths: Tensor, instance: Tensor) -> Tensor:
+        return self.head(instance)                                     # (B, d_h) -> (B, labels)
+
+    trained = Adapted.trained
+
+
+def baselines(config: Config, problem: "Problem") -> dict[str, float]:
+    """Accuracies without a method: of the commonest label, the bare model, h without the model."""
     test, bare = problem.test, Adapted(None, problem.gpt, problem.encoder, problem.label_ids)
     probe = linear_probe(problem.train.instances, problem.train.labels, test.instances)
     majority = (test.labels == problem.train.labels.bincount().argmax()).float().mean().item()
+    like_heads = replace(config, lr=config.head_lr, quiet=True)
+    *_, hidden_layer = fit(like_heads, HiddenLayerProbe(config, problem), problem)
     return dict(majority=majority, zero_shot=accuracy(predict(bare, test), test.labels),
-                linear_probe=accuracy(probe, test.labels))
+                linear_probe=accuracy(probe, test.labels), hidden_layer_probe=hidden_layer["accuracy"])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -444,6 +488,7 @@ class Problem:
     label_ids: Tensor                    # (labels,)
     train: data.Encoded
     tests: dict[str, data.Encoded]       # by name; the first is scored after every epoch; mnli has two
+    ending: Tensor | None = None         # (n,), tokens that the template has after the text
     source: str = ""                     # which data this is
     fingerprint: str = ""                # of all frozen weights that an adapter depends on
     data_sha256: str = ""                # of the encoded texts and labels
@@ -472,18 +517,31 @@ class Problem:
         held = held.to(self.train.labels.device)
         return replace(self, train=self.train[~held], tests={"held-out training rows": self.train[held]})
 
-    def shuffled(self, seed: int) -> "Problem":
-        """The control: every text gets the instance embedding of some other text."""
+    def controlled(self, control: str | None, seed: int = 0) -> "Problem":
+        """The problem with something taken away from every text, in training and in scoring.
+
+        "shuffled": its h is that of some other text, so the prompt knows nothing of the text, and is noise.
+        "constant": its h is the training split's average, so the prompt knows nothing, without the noise.
+        "blind": the text is gone, and the model reads the prompt and the template's end: what it answers, it
+        has from h alone.
+        """
         generator = torch.Generator().manual_seed(seed)
 
-        def shuffle(split: data.Encoded) -> data.Encoded:
+        def change(split: data.Encoded) -> data.Encoded:
+            if control == "constant":
+                return replace(split, instances=torch.zeros_like(split.instances))     # h is standardised
+            if control == "blind":
+                return replace(split, tokens=self.ending.expand(len(split), -1),
+                               lengths=torch.full_like(split.lengths, len(self.ending)))
             order = torch.randperm(len(split), generator=generator).to(split.labels.device)
             instances = torch.empty_like(split.instances)
             instances[order] = split.instances[order.roll(1)]          # the one before it in a random circle
             return replace(split, instances=instances)
 
-        return replace(self, train=shuffle(self.train),
-                       tests={name: shuffle(split) for name, split in self.tests.items()})
+        if control is None:
+            return self
+        return replace(self, train=change(self.train),
+                       tests={name: change(split) for name, split in self.tests.items()})
 
 
 def prepare(config: Config) -> Problem:
@@ -524,11 +582,15 @@ def prepare(config: Config) -> Problem:
         config.say("note: the tiny GPT has read a few thousand synthetic sentences and nothing else, so real "
                    "text is beyond it whatever the prompt; it needs a model that has read some: --model gpt2")
     label_ids = data.label_tokens(task, tokenizer).to(config.device)
-    problem = Problem(gpt, encoder, label_ids, train, tests, source, frozen, sha256.hexdigest()[:12],
+    ending = data.template_ending(task, tokenizer).to(config.device)
+    if config.control == "blind" and not len(ending):
+        raise ValueError(f"--control blind: task {config.task} has nothing after its text: end its template "
+                         "with a word")
+    problem = Problem(gpt, encoder, label_ids, train, tests, ending, source, frozen, sha256.hexdigest()[:12],
                       pretrain_seconds)
     if config.holdout:
         problem = problem.hold_out(config.holdout)
-    return problem.shuffled(config.seed) if config.shuffle_instances else problem
+    return problem.controlled(config.control, config.seed)
 
 
 def build(config: Config, problem: Problem) -> Adapted:
@@ -544,7 +606,7 @@ def load_frozen(config: Config) -> tuple[GPT, InstanceEncoder, tiktoken.Encoding
     if other.config.vocab_size != gpt.config.vocab_size:
         raise ValueError(f"encoder {config.encoder} has {other.config.vocab_size} tokens and the model "
                          f"{gpt.config.vocab_size}: they have to share a tokenizer")
-    return gpt, InstanceEncoder(other), tokenizer, seconds
+    return gpt, InstanceEncoder(other, config.encoder_blocks), tokenizer, seconds
 
 
 def load_model(name: str, config: Config) -> tuple[GPT, tiktoken.Encoding, float]:
@@ -608,7 +670,7 @@ def text_room(config: Config, gpt: GPT, encoder: InstanceEncoder) -> int:
 # ------------------------------------------------------------------------------------------------------------
 # 6. Files. A run in progress is its checkpoint; a finished one adapter.pt, metrics.jsonl and result.json.
 
-FORMAT = 2                               # of adapters and checkpoints
+FORMAT = 3                               # of adapters and checkpoints
 CHECKPOINTS = ("checkpoint.pt", "checkpoint-before.pt")
 NEW_CHECKPOINT = "checkpoint-new.pt"     # for a moment, while the others change places
 ADAPTER_KEYS = dict(format=int, config=dict, depends_on=dict, task=dict, instance_mean=Tensor,
@@ -836,7 +898,7 @@ def run(config: Config, resume: bool = False) -> dict:
             metrics = fit(config, model, problem, folder, state)
         except (KeyboardInterrupt, OSError) as error:
             kept = any((folder / name).exists() for name in CHECKPOINTS)
-            advice = f"to go on from the last checkpoint: python train.py --resume {folder}"
+            advice = f"to go on from the last checkpoint: {COMMAND} --resume {folder}"
             message = f"{str(error) or 'interrupted'}; {advice if kept else 'nothing was saved yet'}"
             raise type(error)(message) from None
         for name, test in problem.tests.items():
@@ -853,7 +915,7 @@ def run(config: Config, resume: bool = False) -> dict:
             for path in [*(folder / name for name in (*CHECKPOINTS, NEW_CHECKPOINT)), *killed]:
                 path.unlink(missing_ok=True)
     config.say(f"wrote {folder}/adapter.pt, metrics.jsonl and result.json\n"
-               f'to use it: python train.py --adapter {folder} --predict "..."')
+               f'to use it: {COMMAND} --adapter {folder} --predict "..."')
     return result
 
 
@@ -863,15 +925,15 @@ def describe(config: Config, problem: Problem, model: Adapted, depends_on: dict)
     about = depends_on | dict(num_train=len(problem.train), num_scored=len(problem.test),
                               scored_on=problem.test_name,
                               texts_cut=problem.train.num_cut + problem.test.num_cut)
-    before = baselines(problem)
+    before = baselines(config, problem)
     shown = "config: " + ", ".join(f"{name} {value}" for name, value in about.items())
     config.say(textwrap.fill(shown, 110, subsequent_indent="  "))
     config.say(f"trainable: {trainable:,} of {total:,} parameters; the instance encoder is "
                + ("the model itself" if config.encoder == config.model else config.encoder)
                + (", a copy, trained and counted too" if config.tune_encoder else ", frozen"))
     config.say(f"before training, accuracy on {problem.test_name}: majority class {before['majority']:.3f}, "
-               f"zero-shot {before['zero_shot']:.3f}, linear probe on the instance embedding "
-               f"{before['linear_probe']:.3f}")
+               f"zero-shot {before['zero_shot']:.3f}, probes on h alone: linear {before['linear_probe']:.3f}, "
+               f"with a hidden layer {before['hidden_layer_probe']:.3f}")
     return about | before | dict(trainable_parameters=trainable, total_parameters=total, device=config.device,
                                  torch=torch.__version__, pretrain_seconds=problem.pretrain_seconds)
 
@@ -891,6 +953,9 @@ def predict_text(text: str, folder: str, device: str, cache: str) -> None:
     """Print tab-separated values, one row a text: label, probabilities, text. Needs a saved adapter alone."""
     adapter = load_state(Path(folder) / "adapter.pt")
     config = Config(**adapter["config"] | dict(device=device, cache=cache, quiet=True))
+    if config.control:
+        complain(f"the adapter in {folder} is a control ({config.control}), made to be scored: predict with "
+                 "one that was trained without --control")
     task = data.Task(**adapter["task"])
     rows = [(dict(zip(task.fields, texts)), 0) for texts in read_texts(text, list(task.fields))]
     gpt, encoder, tokenizer, _ = load_frozen(config)
@@ -996,12 +1061,15 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, Config | Non
     config = Config(**{f.name: getattr(args, f.name) for f in fields(Config)})
     usual, method = vars(Config(config.task, config.method, config.model)), METHODS.get(config.method)
     used = set(inspect.signature(method).parameters if method else ["rank"] * (config.method == "lora"))
-    idle = {"num_virtual_tokens", "rank", "hidden_dim", "fusion", "dropout", "init_std"} - used
+    idle = {"num_virtual_tokens", "rank", "hidden_dim", "fusion", "dropout", "init_std", "head_std"} - used
+    idle |= {"head_lr"} if config.method != "lopa" else set()
+    idle |= {"encoder_lr"} if not config.tune_encoder else set()
     if "instance_dim" not in used:                                     # the method does not look at h
-        idle |= {"encoder", "tune_encoder", "shuffle_instances"}
+        idle |= {"encoder", "encoder_blocks", "tune_encoder"}
+        idle |= {"control"} if config.control != "blind" else set()
     require_effect(config, usual, idle, f"--method {config.method}")
     if config.tune_encoder:
-        require_effect(config, usual, {"shuffle_instances"}, "--tune-encoder, which computes h itself")
+        require_effect(config, usual, {"control"}, "--tune-encoder, which computes h itself")
     if "tiny" not in (config.model, config.encoder):
         require_effect(config, usual, {"pretrain_seed"}, f"--model {config.model}")
     return args, config

@@ -157,10 +157,10 @@ def test_numbers(refused_at_once, flag, value, words):
     ("--task sst2 --method pt --dropout 0.2", "--dropout has no effect with --method pt"),
     ("--task sst2 --method pt --hidden-dim 9", "--hidden-dim has no effect with --method pt"),
     ("--task sst2 --method pt --tune-encoder", "--tune-encoder has no effect with --method pt"),
-    ("--task sst2 --method pt --shuffle-instances", "--shuffle-instances has no effect with --method pt"),
+    ("--task sst2 --method pt --control shuffled", "--control has no effect with --method pt"),
     ("--task sst2 --method pt --encoder gpt2", "--encoder has no effect with --method pt"),
     ("--task sst2 --method residual --tune-encoder", "--tune-encoder has no effect with --method residual"),
-    ("--task sst2 --method bpt --shuffle-instances", "--shuffle-instances has no effect with --method bpt"),
+    ("--task sst2 --method bpt --control constant", "--control has no effect with --method bpt"),
     ("--task sst2 --method idpg --fusion add", "--fusion has no effect with --method idpg"),
     ("--task sst2 --method idpg --init-std 2", "--init-std has no effect with --method idpg"),
     ("--task sst2 --method lora --num-virtual-tokens 5", "--num-virtual-tokens has no effect with --method lora"),
@@ -168,7 +168,7 @@ def test_numbers(refused_at_once, flag, value, words):
     ("--task sst2 --method full --rank 5", "--rank has no effect with --method full"),
     ("--task sst2 --method full --init-std 5", "--init-std has no effect with --method full"),
     ("--task sst2 --method full --tune-encoder", "--tune-encoder has no effect with --method full"),
-    ("--task sst2 --tune-encoder --shuffle-instances", "--shuffle-instances has no effect with --tune-encoder"),
+    ("--task sst2 --tune-encoder --control blind", "--control has no effect with --tune-encoder"),
     ("--task sst2 --model glue --pretrain-seed 3", "--pretrain-seed has no effect with --model glue"),
     ("--adapter run --predict x --task sst2", "--task has no effect with --predict"),
     ("--adapter run --predict x --seed 3", "--seed has no effect with --predict"),
@@ -221,7 +221,7 @@ def test_numbers(refused_at_once, flag, value, words):
     ("{run} --dtype bfloat16 --out run", "run holds another run: dtype is float32 there and bfloat16 here"),
     ("--task sst2 {small} --out run", "run holds another run: data is glue/SST-2 there and built-in sample, not GLUE here"),
     ("{run} --lr 1e30 --out run", "run holds another run: lr"),
-    ("{run} --shuffle-instances --out run", "run holds another run: shuffle_instances is False there and True here"),
+    ("{run} --control shuffled --out run", "run holds another run: control is None there and shuffled here"),
     # what --predict is given
     ("--adapter nowhere --predict x", "nowhere/adapter.pt"),
     ("--adapter empty --predict x", "empty/adapter.pt"),
@@ -640,7 +640,7 @@ def test_nobody_keeps_his_own_h(tiny):
         h = torch.randn(N, 4)
         split = data.Encoded(torch.zeros(N, 5).long(), torch.full((N,), 5), torch.zeros(N).long(), 0, h)
         for seed in range(20):
-            shuffled = train.Problem(None, None, None, split, {"a": split, "b": split}).shuffled(seed)
+            shuffled = train.Problem(None, None, None, split, {"a": split, "b": split}).controlled("shuffled", seed)
             for part in (shuffled.train, *shuffled.tests.values()):
                 assert not (part.instances == h).all(dim=1).any()
                 assert torch.equal(part.instances.sort(dim=0).values, h.sort(dim=0).values)
@@ -653,7 +653,7 @@ def test_rows_held_out_have_each_labels_share_whatever_the_order_and_are_always_
     rows = [f"{text} {number}" for number, text in enumerate(row[:-2] for row in rows)]
     path.write_text("\n".join([header, *(f"{text}\t{label(i)}" for i, text in enumerate(rows))]) + "\n")
     held = []
-    for flags in ("", "--seed 5 --rank 3", "--shuffle-instances"):
+    for flags in ("", "--seed 5 --rank 3", "--control shuffled"):
         _, config = train.parse_args([*RUN, "--holdout", "8", "--quiet", *flags.split()])
         problem = train.prepare(config)
         assert problem.test.labels.bincount().tolist() == [6, 2] and problem.train.labels.bincount().tolist() == [18, 6]
@@ -728,7 +728,7 @@ def test_repeating_a_finished_command_and_killing_it_leaves_the_old_result(place
 
 
 FLAGS = dict(max_train=14, seed=1, epochs=2, batch_size=4, lr=0.02, init_std=0.5, num_virtual_tokens=4,
-             rank=3, hidden_dim=5, fusion="add", dropout=0.3, tune_encoder=True, dtype="bfloat16", holdout=4, shuffle_instances=True)
+             rank=3, hidden_dim=5, fusion="add", dropout=0.3, tune_encoder=True, dtype="bfloat16", holdout=4, control="blind")
 
 
 @pytest.mark.parametrize("method", train.LEARNING_RATES)

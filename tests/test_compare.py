@@ -139,9 +139,9 @@ def test_every_ablation_reads_the_same_texts_with_room_for_the_longest_prompt(ti
     assert table[2] == "| as it is | 28,200 | 0.500 ± 0.000 | 0.001 | 1.0 |"
     assert len(fits) == len(compare.ABLATIONS) * 5
     *_, (config, _, one), (_, _, other) = fits                          # of the last row: shuffled by seed
-    assert config.shuffle_instances and not torch.equal(one.train.instances, other.train.instances)
+    assert config.control == "shuffled" and not torch.equal(one.train.instances, other.train.instances)
     sorted_h = [p.train.instances.sort(dim=0).values for p in (one, fits[3][2])]
-    assert torch.equal(*sorted_h) and not fits[3][0].shuffle_instances
+    assert torch.equal(*sorted_h) and fits[3][0].control is None
     longer = ["--num-virtual-tokens", "15", "--seeds", "0", "--out", str(tmp_path / "fifteen")]
     compare.main([*QUICK, "--ablate", *longer])
     assert prepared[-1].num_virtual_tokens == 30                       # concat is twice as long
@@ -163,7 +163,7 @@ def test_every_ablation_reads_the_same_texts_with_room_for_the_longest_prompt(ti
     ("--task sst2 --holdout 5", "argument --holdout: has no effect here"),
     ("--task sst2 --save-every 5", "argument --save-every: has no effect here"),
     ("--task sst2 --tune-encoder", "argument --tune-encoder: has no effect here"),
-    ("--task sst2 --shuffle-instances", "argument --shuffle-instances: has no effect here"),
+    ("--task sst2 --control blind", "argument --control: has no effect here"),
     ("--task sst2 --compare", "argument --compare: has no effect here"),
     ("--task sst2 --ablate --methods pt", "argument --methods: --ablate changes lopa alone"),
     ("--task sst2 --ablate --fusion concat", "argument --fusion: --ablate tries concat too"),

@@ -97,7 +97,7 @@ def test_shuffled_instances_are_what_every_split_and_score_sees(world, monkeypat
     seen, problems, original = [], [], train.fit
     monkeypatch.setattr(train, "fit", fit)
     monkeypatch.setattr(train, "predict", lambda model, split, predict=train.predict: seen.append(split) or predict(model, split))
-    run(world, "--task", task, "--shuffle-instances")
+    run(world, "--task", task, "--control", "shuffled")
     (shuffled,) = problems
     flags = ["--model", str(world / "gpt"), "--data", str(world), "--task", task, "--quiet"]
     own = train.prepare(train.parse_args(flags)[1])

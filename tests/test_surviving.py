@@ -119,7 +119,7 @@ def test_a_run_killed_at_any_moment_ends_bit_for_bit_as_if_nothing_had_been(unbr
 
 
 @pytest.mark.parametrize("flags, step", [                              # an epoch has 10 steps: within the second, at its start
-    ("--method lopa --dropout 0.3", 14), ("--method lora", 14), ("--tune-encoder --dropout 0.1", 10), ("--shuffle-instances", 10)])
+    ("--method lopa --dropout 0.3", 14), ("--method lora", 14), ("--tune-encoder --dropout 0.1", 10), ("--control shuffled", 10)])
 def test_a_run_interrupted_by_ctrl_c_goes_on_where_it_was(tiny, tmp_path, monkeypatch, capsys, flags, step):
     argv = [*RUN, *flags.split()]
     train.main([*argv, "--out", str(tmp_path / "unbroken")])
