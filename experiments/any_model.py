@@ -1,0 +1,110 @@
+"""train.py on any causal language model of Hugging Face Transformers.
+
+    python -m experiments.any_model FOLDER --task sst2 --data DIR        and any flag of train.py
+    python -m experiments.any_model --adapter runs/... --predict "a witty film"
+
+FOLDER holds a model as Transformers saves it, or one .gguf file. What train.py asks of a frozen model are the
+methods of AnyModel, what data.py asks of a tokenizer those of Tokenizer: nothing else knows of Transformers.
+"""
+
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ["HF_HUB_OFFLINE"] = "1"       # models come from folders; nothing is looked up
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+
+import train
+from model import GPT
+
+
+class AnyModel(nn.Module):
+    """A causal language model of Transformers behind the interface of model.GPT, for right-padded batches.
+
+    Positions and the causal mask are the model's own: it makes them when only embeddings are passed. Raises
+    ValueError for a model whose logits are not its output layer on its last hidden states.
+    """
+
+    def __init__(self, language_model: nn.Module):
+        super().__init__()
+        self.language_model = language_model
+        c, table = language_model.config, language_model.get_input_embeddings().weight
+        self.config = SimpleNamespace(vocab_size=len(table), n_embd=table.shape[1],
+                                      n_positions=c.max_position_embeddings, n_layer=c.num_hidden_layers)
+        for parent in list(language_model.modules()):                  # add_lora wraps nn.Linear, and GPT-2's
+            for name, child in list(parent.named_children()):          # layers are transposed ones
+                if isinstance(child, Conv1D):
+                    linear = nn.Linear(*child.weight.shape, device="meta")
+                    linear.weight, linear.bias = nn.Parameter(child.weight.T.contiguous()), child.bias
+                    setattr(parent, name, linear)
+        tokens = torch.arange(8)[None] % self.config.vocab_size
+        with torch.no_grad():
+            if not torch.allclose(self(tokens), language_model.eval()(tokens).logits, rtol=1e-2, atol=1e-2):
+                raise ValueError(f"{type(language_model).__name__} does more to its logits than its output "
+                                 "layer: give AnyModel.logits the rest")
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token ids (B, T) -> token embeddings (B, T, d)."""
+        return self.language_model.get_input_embeddings()(tokens)
+
+    def hidden(self, inputs_embeds: Tensor, num_blocks: int | None = None) -> Tensor:
+        """Embedded input (B, T, d) -> last hidden states (B, T, d), or those after `num_blocks` blocks."""
+        output = self.language_model.base_model(inputs_embeds=inputs_embeds, use_cache=False,
+                                                output_hidden_states=num_blocks is not None)
+        return output.last_hidden_state if num_blocks is None else output.hidden_states[num_blocks]
+
+    def hidden_at(self, inputs_embeds: Tensor, positions: Tensor) -> Tensor:
+        """(B, T, d), one position per row (B,) -> last hidden states there, (B, d)."""
+        return self.hidden(inputs_embeds)[torch.arange(len(positions)), positions]
+
+    def logits(self, hidden: Tensor, only: Tensor | None = None) -> Tensor:
+        """Hidden states (..., d) -> logits (..., vocab_size), or (..., n) of the tokens `only` (n,)."""
+        layer = self.language_model.get_output_embeddings()
+        rows = slice(None) if only is None else only
+        bias = getattr(layer, "bias", None)
+        return F.linear(hidden, layer.weight[rows], None if bias is None else bias[rows])
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Token ids (B, T) -> logits (B, T, vocab_size)."""
+        return self.logits(self.hidden(self.embed(tokens)))
+
+    fingerprint = GPT.fingerprint
+
+
+class Tokenizer:
+    """A tokenizer of Transformers with the interface of tiktoken's: no token is added to the text."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.n_vocab = tokenizer, len(tokenizer)
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+
+def load_model(name: str, config: train.Config) -> tuple[AnyModel, Tokenizer, float]:
+    """In place of train.load_model: (frozen model, its tokenizer, 0 seconds of pre-training)."""
+    files = [path.name for path in Path(name).glob("*.gguf")][:1]
+    gguf = {"gguf_file": files[0]} if files else {}
+    # Eager attention: the fused kernel's backward pass takes twice its time in bfloat16 on a CPU without AMX.
+    language_model = AutoModelForCausalLM.from_pretrained(
+        name, dtype=getattr(torch, config.dtype), attn_implementation="eager", local_files_only=True, **gguf)
+    tokenizer = Tokenizer(AutoTokenizer.from_pretrained(name, local_files_only=True, **gguf))
+    model = AnyModel(language_model).to(config.device)
+    return model.requires_grad_(False).eval(), tokenizer, 0.0
+
+
+def main(argv: list[str]) -> None:
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    train.load_model, train.COMMAND = load_model, "python -m experiments.any_model"
+    train.main(["--model", *argv] if argv and not argv[0].startswith("-") else argv)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

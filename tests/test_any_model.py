@@ -1,0 +1,164 @@
+"""experiments/any_model.py: models of Transformers behind the interface of model.GPT, and train.py on one of them."""
+import json
+import os
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed: experiments/requirements.txt")
+import train
+from experiments import any_model
+from lopa import add_lora, get_nb_trainable_parameters, merge_lora
+from model import InstanceEncoder
+
+SIZES = dict(vocab_size=50, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=40,
+             max_position_embeddings=64, initializer_range=0.3, tie_word_embeddings=False)
+CONFIGS = {
+    "llama": lambda: transformers.LlamaConfig(**SIZES, num_key_value_heads=2),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**SIZES),
+    "opt": lambda: transformers.OPTConfig(**SIZES | dict(tie_word_embeddings=True), ffn_dim=40, word_embed_proj_dim=16, init_std=0.3),
+    "qwen2": lambda: transformers.Qwen2Config(**SIZES, num_key_value_heads=2),
+    "gpt2": lambda: transformers.GPT2Config(vocab_size=50, n_embd=24, n_layer=3, n_head=4, n_positions=64, initializer_range=0.3),
+}
+
+
+@pytest.fixture(params=CONFIGS)
+def pair(request):
+    """(the adapter, another instance of the same model, in Transformers' hands alone)."""
+    torch.manual_seed(0)
+    theirs = transformers.AutoModelForCausalLM.from_config(CONFIGS[request.param]()).eval()
+    with torch.no_grad():                                              # norms and biases start at 1 and 0
+        for p in theirs.parameters():
+            p += 0.05 * torch.randn_like(p)
+    twin = transformers.AutoModelForCausalLM.from_config(CONFIGS[request.param]()).eval()
+    twin.load_state_dict(theirs.state_dict())
+    return any_model.AnyModel(twin).requires_grad_(False), theirs
+
+
+def test_logits_are_transformers_own(pair):
+    ours, theirs = pair
+    tokens = torch.randint(50, (3, 20))
+    expected = theirs(tokens).logits
+    assert torch.allclose(ours(tokens), expected, atol=1e-5)
+    only = torch.tensor([7, 3])
+    assert torch.allclose(ours.logits(ours.hidden(ours.embed(tokens)), only), expected[..., only], atol=1e-5)
+    assert (ours.config.vocab_size, ours.config.n_positions, ours.config.n_layer) == (50, 64, 3)
+    assert ours.config.n_embd == ours.embed(tokens).shape[-1]
+
+
+def test_padding_on_the_right_changes_nothing(pair):
+    ours, theirs = pair
+    tokens, lengths = torch.randint(50, (4, 9)), torch.tensor([9, 4, 1, 6])
+    hidden = ours.hidden_at(ours.embed(tokens), lengths - 1)
+    for row, length, state in zip(tokens, lengths, hidden):
+        assert torch.allclose(ours.logits(state), theirs(row[None, :length]).logits[0, -1], atol=1e-5)
+
+
+def test_a_prompt_in_front_shifts_the_text(pair):
+    """Prompt vectors that are embeddings of tokens do what these tokens do in front of the text."""
+    ours, theirs = pair
+    tokens = torch.randint(50, (2, 8))
+    prompt = ours.embed(tokens[:, :3])
+    hidden = ours.hidden(torch.cat([prompt, ours.embed(tokens[:, 3:])], dim=1))
+    assert torch.allclose(ours.logits(hidden), theirs(tokens).logits, atol=1e-5)
+
+
+def test_hidden_after_some_blocks_is_transformers_own(pair):
+    ours, theirs = pair
+    tokens = torch.randint(50, (2, 8))
+    states = theirs(tokens, output_hidden_states=True).hidden_states
+    for num_blocks in (1, 2):
+        found = ours.hidden(ours.embed(tokens), num_blocks=num_blocks)
+        assert torch.allclose(found, states[num_blocks], atol=1e-5)
+    assert InstanceEncoder(ours).num_blocks == 2
+
+
+def test_lora_finds_the_attention_projections_starts_as_the_model_and_merges(pair):
+    ours, theirs = pair
+    tokens = torch.randint(50, (2, 8))
+    expected = theirs(tokens).logits
+    add_lora(ours, rank=2)
+    assert torch.allclose(ours(tokens), expected, atol=1e-5)
+    trained = {name: p for name, p in ours.named_parameters() if p.requires_grad}
+    assert sum(name.endswith(".A") for name in trained) % 3 == 0 and trained       # something in every block
+    for p in trained.values():
+        p.data.normal_(std=0.2)
+    adapted = ours(tokens)
+    assert not torch.allclose(adapted, expected, atol=1e-2)
+    merge_lora(ours)
+    assert torch.allclose(ours(tokens), adapted, atol=1e-4) and get_nb_trainable_parameters(ours)[0] == 0
+
+
+def test_a_model_that_does_more_to_its_logits_is_refused():
+    config = transformers.CohereConfig(**SIZES, logit_scale=0.1)
+    with pytest.raises(ValueError, match="CohereForCausalLM does more to its logits"):
+        any_model.AnyModel(transformers.AutoModelForCausalLM.from_config(config))
+
+
+# --- the command line -------------------------------------------------------------------------------------------
+
+REVIEWS = ["a great film", "a terrible film", "great acting", "terrible acting", "a great plot and a great cast",
+           "a terrible plot", "the cast is great", "the cast is terrible"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """(a folder with a random Llama and a tokenizer in it, a folder with GLUE's files)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    folder, glue = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("glue")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.train_from_iterator([f"{text} . It was great terrible" for text in REVIEWS] * 5,
+                            trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SIZES | dict(vocab_size=bpe.get_vocab_size()), num_key_value_heads=2)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    (glue / "SST-2").mkdir()
+    rows = "".join(f"{text}\t{int('great' in text)}\n" for text in REVIEWS)
+    for name in ("train", "dev"):
+        (glue / "SST-2" / f"{name}.tsv").write_text("sentence\tlabel\n" + rows)
+    return folder, glue
+
+
+@pytest.fixture
+def command(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "load_model", train.load_model)         # main puts its own there; undone at the end
+    folder, glue = folders
+    task = [folder, "--task", "sst2", "--data", glue, "--epochs", 2, "--batch-size", 4]
+
+    def command(*flags):
+        any_model.main([str(flag) for flag in (flags if "--adapter" in flags or "--resume" in flags else [*task, *flags])])
+
+    return command
+
+
+@pytest.mark.parametrize("flags", ["--method lopa", "--method lora", "--method idpg --encoder-blocks 0", "--method full",
+                                   "--tune-encoder", "--control blind", "--dtype bfloat16", "--method adept"])
+def test_train_py_runs_on_it_and_predicts_from_the_adapter_alone(command, capsys, flags):
+    command(*flags.split(), "--out", "run", "--quiet")
+    result = json.loads(capsys.readouterr().out)
+    assert result["num_scored"] == 8 and 0 <= result["accuracy"] <= 1
+    if "control" in flags:
+        return
+    command("--adapter", "run", "--predict", "a great film")
+    header, line = capsys.readouterr().out.splitlines()
+    assert header == "label\tnegative\tpositive\tsentence" and line.endswith("\ta great film")
+
+
+def test_it_goes_on_where_it_was_interrupted(command, capsys, monkeypatch):
+    command("--out", "whole", "--quiet")
+    save = train.save_checkpoint
+
+    def save_once(folder, state):
+        save(folder, state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "save_checkpoint", save_once)
+        command("--out", "cut", "--quiet")
+    assert not os.path.exists("cut/adapter.pt")
+    command("--resume", "cut", "--quiet")
+    tensors = [torch.load(f"{name}/adapter.pt", weights_only=True)["tensors"] for name in ("whole", "cut")]
+    assert all(torch.equal(tensors[1][name], tensor) for name, tensor in tensors[0].items())
