@@ -211,7 +211,7 @@ def test_numbers(refused_at_once, flag, value, words):
     ("--task sst2 --out file", "nothing can be saved in file"),
     ("--task sst2 --out file/run", "nothing can be saved in file/run, because of "),
     ("{run} --seed 5 --lr 0.1 --out cut", "cut holds another run: seed is 0 there and 5 here"),
-    ("{run} --lr 0.1 --out cut", "cut holds another run: lr is 0.003 there and 0.1 here"),
+    ("{run} --lr 0.1 --out cut", "cut holds another run: lr is 0.03 there and 0.1 here"),
     ("{run} --epochs 1 --out cut", "cut holds another run: epochs is 2 there and 1 here"),
     ("{run} --rank 1 --out cut", "cut holds another run: rank is 2 there and 1 here"),
     ("{run} --batch-size 4 --out cut", "cut holds another run: batch_size is 8 there and 4 here"),
@@ -340,8 +340,8 @@ def of_nan(tensor):
 
 OTHER = {int: "5", dict: [], torch.Tensor: [1.0], list: {}, float: 5}  # what is of another type
 CONTENT = [  # (done to the content of an adapter or a checkpoint, words)
-    (put(format=1), "format 1 instead of 2"), (put(format=3), "format 3 instead of 2"),
-    (put(format=torch.tensor([2, 2])), "other content"), (put(extra=1), "other content"),
+    (put(format=2), "format 2 instead of 3"), (put(format=4), "format 4 instead of 3"),
+    (put(format=torch.tensor([3, 3])), "other content"), (put(extra=1), "other content"),
     *((lambda state, key=key: state.pop(key), "other content") for key in train.ADAPTER_KEYS),
     *((put(**{key: OTHER[kind]}), "other content") for key, kind in train.ADAPTER_KEYS.items()),
     (entry("config", colour="red"), "colour"), (lambda state: state["config"].pop("task"), "task"),
@@ -675,7 +675,8 @@ def test_bfloat16_is_applied_to_the_tiny_gpt_and_what_is_trained_is_float32(plac
         train.main(["--adapter", out, "--predict", TEXT])
 
 
-@pytest.mark.parametrize("during", [2, 3, 4])                          # evaluations: zero-shot, epoch 1, epoch 2, the end
+# Evaluations: of the probe after its epochs 1 and 2, zero-shot, epoch 1, epoch 2, the end; the first checkpoint is epoch 1's.
+@pytest.mark.parametrize("during", [1, 2, 3, 4, 5, 6])
 def test_ctrl_c_during_an_evaluation_is_not_swallowed(place, world, monkeypatch, capsys, during):
     calls = []
 
@@ -690,7 +691,7 @@ def test_ctrl_c_during_an_evaluation_is_not_swallowed(place, world, monkeypatch,
         train.main([*RUN, "--out", "new"])
     assert stop.value.code == 130 and capsys.readouterr().err.count("\n") == 1
     assert not Path("new/adapter.pt").exists()
-    train.main(["--resume", "new"])
+    train.main(["--resume", "new"] if during > 3 else [*RUN, "--out", "new"])
     assert outcome(place / "new") == outcome(world / "run")
 
 
@@ -710,9 +711,11 @@ def test_progress_bars_come_back_after_a_quiet_run(place, monkeypatch, capsys):
 
 KILLED = """
 import os, signal, sys, train
-def step(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
-train.cosine_factor = step
+def fit(config, model, problem, folder=None, state=None, fit=train.fit):
+    if folder:
+        train.cosine_factor = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    return fit(config, model, problem, folder, state)
+train.fit = fit
 train.main(sys.argv[1:])
 """
 
