@@ -32,7 +32,8 @@ def inputs():
 
 
 def lopa_module(**options):
-    return LoPA(**SIZES, **{"dropout": 0.0, **options})
+    """Its factors are random: with U = 0, as LoPA starts, most of what follows would check nothing."""
+    return LoPA(**SIZES, **{"dropout": 0.0, "head_std": 0.4, **options})
 
 
 def instance_component(module, instance):
@@ -160,7 +161,7 @@ def test_each_fusion_is_its_definition():
 
 def test_the_instance_component_has_rank_at_most_r_and_the_prompt_need_not():
     for rank in (1, 2, 3):
-        module = LoPA(embed_dim=16, instance_dim=D_H, num_virtual_tokens=10, rank=rank, hidden_dim=H)
+        module = LoPA(embed_dim=16, instance_dim=D_H, num_virtual_tokens=10, rank=rank, hidden_dim=H, head_std=0.4)
         instance = torch.randn(B, D_H)
         assert torch.linalg.matrix_rank(instance_component(module.eval(), instance)).tolist() == [rank] * B
         assert torch.linalg.matrix_rank(module.prompt(instance)).tolist() == [10] * B
@@ -182,12 +183,51 @@ def test_dropout_acts_on_the_instance_embedding_in_training_mode_only():
     assert torch.equal(module.prompt(instance), module.prompt(instance))
 
 
+# --- the start -------------------------------------------------------------------------------------------------
+
+
 def test_heads_start_with_a_deviation_that_follows_their_width():
-    module = LoPA(embed_dim=50, instance_dim=400, num_virtual_tokens=50, rank=4, hidden_dim=100)
-    for head in (module.u_head, module.v_head):
+    sizes = dict(embed_dim=50, instance_dim=400, num_virtual_tokens=50, hidden_dim=100)
+    module, idpg = LoPA(**sizes, rank=4), METHODS["idpg"](**sizes)
+    for head in (module.u_head, module.v_head, idpg.head):
         assert head.down_proj.weight.std().item() == pytest.approx(1 / 20, rel=0.05)
-        assert head.up_proj.weight.std().item() == pytest.approx(1 / 10, rel=0.05)
         assert not head.up_proj.bias.any()
+    for head in (module.v_head, idpg.head):            # U's is 0
+        assert head.up_proj.weight.std().item() == pytest.approx(1 / 10, rel=0.05)
+
+
+@pytest.mark.parametrize("head_std", [0.02, 0.3])
+def test_with_head_std_both_heads_start_with_that_deviation_as_released(head_std):
+    module = LoPA(embed_dim=50, instance_dim=400, num_virtual_tokens=50, rank=4, hidden_dim=100, head_std=head_std)
+    for head in (module.u_head, module.v_head):
+        for layer in (head.down_proj, head.up_proj):
+            assert layer.weight.std().item() == pytest.approx(head_std, rel=0.05)
+            assert abs(layer.weight.mean().item()) < 0.05 * head_std
+        assert not head.up_proj.bias.any()
+
+
+def test_at_the_start_every_gate_is_exactly_one_half_whatever_the_input():
+    module = LoPA(**SIZES, dropout=0.5)
+    for instance in (torch.randn(B, D_H), 1000 * torch.randn(B, D_H), torch.zeros(B, D_H)):
+        Z = module.prompt(instance)
+        assert torch.equal(Z, (0.5 * module.soft_prompt).expand(B, M, D))
+    assert not torch.equal(lopa_module(head_std=0.02).prompt(instance + 1), Z)
+
+
+def test_the_first_step_moves_u_alone_and_the_second_v_as_well():
+    module, (_, instance) = LoPA(**SIZES, dropout=0.0), inputs()
+    G = torch.randn(B, M, D)
+    for step in (1, 2):
+        module.zero_grad()
+        (module.prompt(instance) * G).sum().backward()
+        with torch.no_grad():
+            assert module.soft_prompt.grad.any() and module.u_head.up_proj.weight.grad.any()
+            of_v = [p.grad.any().item() for p in module.v_head.parameters()]
+            assert of_v == [step == 2] * 4             # dL/dV is proportional to U
+            for p in module.parameters():
+                p -= 0.1 * p.grad
+    gates = module.prompt(instance) / module.soft_prompt
+    assert all((gates[a] - gates[b]).abs().max() > 1e-3 for a in range(B) for b in range(a))
 
 
 # --- the relatives: each against its formula, written out ------------------------------------------------------
@@ -266,6 +306,37 @@ def test_the_merged_model_equals_the_adapted_one_and_is_plain_again():
     assert torch.allclose(gpt(tokens), adapted, atol=1e-12) and not torch.allclose(adapted, plain)
     assert torch.allclose(gpt.h[0].attn.c_attn.weight, weights.linear.weight + update, atol=1e-12)
     assert list(gpt.state_dict()) == names
+
+
+def llama_like(d=6):
+    """Three projections, key and value narrower than the query, and another layer beside them."""
+    return torch.nn.ModuleDict({"block": torch.nn.ModuleDict(dict(
+        q_proj=torch.nn.Linear(d, d), k_proj=torch.nn.Linear(d, 2), v_proj=torch.nn.Linear(d, 2), o_proj=torch.nn.Linear(d, d)))})
+
+
+def test_lora_wraps_separate_projections_one_matrix_each_and_nothing_else():
+    model, x = llama_like(), torch.randn(4, 5, 6)
+    plain = {name: layer.weight.clone() for name, layer in model["block"].items()}
+    add_lora(model, rank=2)
+    assert get_nb_trainable_parameters(model)[0] == 2 * (6 + 6) + 2 * 2 * (6 + 2)      # r (in + out) each
+    assert type(model["block"]["o_proj"]) is torch.nn.Linear
+    for name in ("q_proj", "k_proj", "v_proj"):
+        layer = model["block"][name]
+        torch.nn.init.normal_(layer.B)
+        weight = plain[name] + 2 * layer.B[0] @ layer.A[0]
+        assert torch.allclose(layer(x), x @ weight.T + layer.linear.bias, atol=1e-12)
+    merge_lora(model)
+    assert torch.allclose(model["block"]["v_proj"].weight, weight, atol=1e-12)
+
+
+def test_lora_wraps_the_layers_that_are_named_and_refuses_a_model_without_any():
+    model = add_lora(llama_like(), 2, {"o_proj": 2})
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {"block.o_proj.A", "block.o_proj.B"}
+    assert model["block"]["o_proj"].B.shape == (2, 3, 2)
+    with pytest.raises(ValueError, match="the model has no layer named c_attn, .*q_proj.*: name its attention's projections"):
+        add_lora(torch.nn.Sequential(torch.nn.Linear(3, 3)), 2)
+    with pytest.raises(ValueError, match="the model has no layer named c_atn:"):
+        add_lora(small_gpt(), 2, {"c_atn": 3})
 
 
 # --- gradients -------------------------------------------------------------------------------------------------

@@ -156,8 +156,44 @@ def test_the_instance_embedding_is_the_mean_over_real_tokens_half_way_up(gpt):
         assert torch.allclose(h[i], sum(normed) / length, atol=1e-12)
 
 
-def test_padding_and_batching_do_not_change_the_instance_embedding(gpt):
-    encoder = InstanceEncoder(gpt)
+@pytest.mark.parametrize("num_blocks", [1, 2, 3])
+def test_the_instance_embedding_can_be_read_after_any_number_of_blocks(gpt, num_blocks):
+    tokens, lengths = tokens_of(4, 7, 1)
+    h = InstanceEncoder(gpt, num_blocks)(tokens, lengths)
+    for i, length in enumerate(lengths.tolist()):
+        states = gpt.hidden(gpt.embed(tokens[i:i + 1, :length]), num_blocks=num_blocks)[0]
+        normed = [(row - row.mean()) / torch.sqrt(row.var(unbiased=False) + 1e-5) for row in states]
+        assert torch.allclose(h[i], sum(normed) / length, atol=1e-12)
+
+
+def test_after_no_block_the_instance_embedding_is_a_bag_of_words(gpt):
+    tokens, lengths = tokens_of(4, 7, 1)
+    encoder = InstanceEncoder(gpt, 0)
+    h = encoder(tokens, lengths)
+    for i, length in enumerate(lengths.tolist()):
+        total = [0.0] * 12
+        for token in tokens[i, :length].tolist():
+            x = gpt.wte.weight[token].tolist()
+            mean = sum(x) / 12
+            deviation = math.sqrt(sum((value - mean) ** 2 for value in x) / 12 + 1e-5)
+            total = [before + (value - mean) / deviation for before, value in zip(total, x)]
+        assert h[i].tolist() == pytest.approx([value / length for value in total], abs=1e-12)
+    mixed = tokens[1:2, torch.randperm(7)]
+    assert not torch.equal(mixed, tokens[1:2])
+    assert torch.allclose(encoder(mixed, lengths[1:2])[0], h[1], atol=1e-12)
+    ordered = InstanceEncoder(gpt, 1)                                  # after one block it does depend on the order
+    assert not torch.allclose(ordered(mixed, lengths[1:2]), ordered(tokens[1:2], lengths[1:2]), atol=1e-3)
+
+
+@pytest.mark.parametrize("num_blocks", [4, 1000, -1])
+def test_more_blocks_than_there_are_are_refused_with_both_numbers(gpt, num_blocks):
+    with pytest.raises(ValueError, match=f"the encoder has 3 blocks, h cannot be read after {num_blocks}: name 0 to 3"):
+        InstanceEncoder(gpt, num_blocks)
+
+
+@pytest.mark.parametrize("num_blocks", [None, 0, 3])
+def test_padding_and_batching_do_not_change_the_instance_embedding(gpt, num_blocks):
+    encoder = InstanceEncoder(gpt, num_blocks)
     tokens, lengths = tokens_of(4, 7, 1, pad_to=15)
     batch = encoder(tokens, lengths)
     for i, length in enumerate(lengths.tolist()):

@@ -88,7 +88,7 @@ def test_tasks_with_f1_and_with_two_dev_sets_report_them(world):
 
 @pytest.mark.parametrize("task, splits", [("mrpc", ["train", "dev"]), ("mnli", ["train", "dev_matched", "dev_mismatched"])])
 def test_shuffled_instances_are_what_every_split_and_score_sees(world, monkeypatch, task, splits):
-    def fit(config, model, problem, folder, state):
+    def fit(config, model, problem, folder=None, state=None):
         metrics = original(config, model, problem, folder, state)
         seen.clear()                                                   # what follows is the scores of the result
         problems.append(problem)
@@ -98,7 +98,8 @@ def test_shuffled_instances_are_what_every_split_and_score_sees(world, monkeypat
     monkeypatch.setattr(train, "fit", fit)
     monkeypatch.setattr(train, "predict", lambda model, split, predict=train.predict: seen.append(split) or predict(model, split))
     run(world, "--task", task, "--control", "shuffled")
-    (shuffled,) = problems
+    probed, shuffled = problems                                        # the probe with a hidden layer, then the method
+    assert probed is shuffled
     flags = ["--model", str(world / "gpt"), "--data", str(world), "--task", task, "--quiet"]
     own = train.prepare(train.parse_args(flags)[1])
     theirs = [("train", shuffled.train), *zip(splits[1:], seen)]

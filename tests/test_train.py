@@ -92,12 +92,13 @@ def test_every_field_of_config_is_a_flag_with_its_comment_as_help():
 def test_what_decides_a_result_is_all_that_is_asked_for_but_where_and_how_to_run():
     config = train.Config("sst2", "pt", lr=0.1, out="x", save_every=3, quiet=True, device="cpu", cache="y")
     assert set(dataclasses.asdict(config)) - set(config.deciding()) == {"out", "save_every", "quiet", "device", "cache"}
-    assert config.deciding()["init_std"] == 0.1 and config.deciding()["encoder"] == "tiny"
+    assert config.deciding()["encoder"] == "tiny" and config.deciding()["dropout"] == 0.0      # as resolved
 
 
 @pytest.mark.parametrize("change, folder", [
-    (dict(), "runs/sst2-lopa-tiny-seed0"), (dict(lr=3e-3, encoder="tiny"), "runs/sst2-lopa-tiny-seed0"),
+    (dict(), "runs/sst2-lopa-tiny-seed0"), (dict(lr=3e-2, head_lr=1e-3, encoder="tiny"), "runs/sst2-lopa-tiny-seed0"),
     (dict(seed=3, lr=0.5, tune_encoder=True), "runs/sst2-lopa-tiny-seed3-lr-0.5-tune-encoder"),
+    (dict(encoder_blocks=0, control="blind"), "runs/sst2-lopa-tiny-seed0-encoder-blocks-0-control-blind"),
     (dict(model="models/a", encoder="models/enc"), "runs/sst2-lopa-a-seed0-encoder-enc"), (dict(out="here/x"), "here/x"),
 ])
 def test_the_run_folder_says_what_is_not_as_usual(change, folder, tmp_path, monkeypatch):
