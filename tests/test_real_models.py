@@ -110,6 +110,20 @@ def test_shuffled_instances_are_what_every_split_and_score_sees(world, monkeypat
         assert torch.allclose(split.instances.sum(dim=0), h.sum(dim=0), atol=1e-4)
 
 
+@pytest.mark.parametrize("control", ["constant", "blind"])
+def test_constant_and_blind_reach_both_dev_sets(world, control):
+    flags = ["--model", str(world / "gpt"), "--data", str(world), "--task", "mnli", "--quiet"]
+    own, changed = (train.prepare(train.parse_args([*flags, *more])[1]) for more in ([], ["--control", control]))
+    assert list(changed.tests) == ["dev_matched", "dev_mismatched"]
+    for mine, theirs in zip([own.train, *own.tests.values()], [changed.train, *changed.tests.values()]):
+        if control == "constant":
+            assert not theirs.instances.any() and torch.equal(theirs.tokens, mine.tokens)
+        else:
+            assert torch.equal(theirs.instances, mine.instances)
+            assert {data.gpt2_tokenizer().decode(row.tolist()) for row in theirs.tokens} == {" . Answer:"}
+        assert torch.equal(theirs.labels, mine.labels)
+
+
 @pytest.mark.parametrize("make, message", [
     (lambda world: ["--model", str(world / "nowhere")], "there is no model"),
     (lambda world: ["--model", str(save_gpt2(world / "odd", 97))], "97 tokens, GPT-2's tokenizer"),

@@ -143,13 +143,19 @@ def test_a_reloaded_adapter_gives_identical_probabilities(tiny, tmp_path, monkey
     assert fingerprint == adapter["depends_on"]["fingerprint"]         # the model itself has not changed
 
 
-def problem_of(tiny, rows):
+def problem_of(tiny, rows, encoder_blocks=None):
     """The first `rows` training rows, to train on and to score."""
     gpt, tokenizer = tiny
-    task, encoder = data.TASKS["sst2"], InstanceEncoder(tiny[0])
+    task, encoder = data.TASKS["sst2"], InstanceEncoder(tiny[0], encoder_blocks)
     split = data.encode(task, data.sst2_sample()[0][:rows], tokenizer, 118)
     split = dataclasses.replace(split, instances=encoder.fit(train.instance_embeddings(encoder, split)))
     return train.Problem(gpt, encoder, data.label_tokens(task, tokenizer), split, {"dev": split})
+
+
+def with_instances(problem, train_h, test_h):
+    """The problem with its rows' h and labels replaced: each argument is (h, labels)."""
+    splits = [dataclasses.replace(problem.train[:len(h)], instances=h, labels=labels) for h, labels in (train_h, test_h)]
+    return dataclasses.replace(problem, train=splits[0], tests={"dev": splits[1]})
 
 
 def config_of(flags="", **change):
@@ -200,6 +206,121 @@ def test_the_linear_probe_separates_what_is_linear_and_not_an_exclusive_or():
     for labels, low, high in (((h[:, 0] > 0.2).long(), 0.9, 1), (((h[:, 0] > 0) != (h[:, 1] > 0)).long(), 0.3, 0.7)):
         score = train.accuracy(train.linear_probe(h[:200], labels[:200], h[200:]), labels[200:])
         assert low <= score <= high
+
+
+def test_the_probe_with_a_hidden_layer_solves_an_exclusive_or_that_the_linear_one_cannot(tiny):
+    torch.manual_seed(0)
+    h = torch.randn(600, 64) * torch.tensor([1.0, 1.0, *[0.1] * 62])
+    labels = ((h[:, 0] > 0) != (h[:, 1] > 0)).long()
+    problem = with_instances(problem_of(tiny, 400), (h[:400], labels[:400]), (h[400:], labels[400:]))
+    before = train.baselines(config_of("--epochs 60 --head-lr 0.01"), problem)
+    assert 0.3 <= before["linear_probe"] <= 0.7 and before["hidden_layer_probe"] > 0.8
+    assert before["majority"] == (labels[400:] == labels[:400].bincount().argmax()).float().mean().item()
+
+
+def first_step(tiny, flags, rows=16):
+    """How far one step over all rows moves each trained tensor, at most: Adam's first step is the rate, whatever the gradient."""
+    config = config_of(f"--epochs 1 --batch-size {rows} {flags}")
+    problem = problem_of(tiny, rows, config.encoder_blocks)
+    model = train.build(config, problem)
+    before = {name: p.detach().clone() for name, p in model.trained().items()}
+    train.fit(config, model, problem)
+    return {name: (p.detach() - before[name]).abs().max().item() for name, p in model.trained().items()}
+
+
+@pytest.mark.parametrize("flags, rates", [
+    ("--method lopa --head-std 0.1 --lr 0.02 --head-lr 0.003", dict(prompt_soft=0.02, prompt_u=0.003, prompt_v=0.003)),
+    ("--method lopa --head-std 0.1", dict(prompt_soft=0.03, prompt_u=0.001, prompt_v=0.001)),      # the defaults
+    ("--method lopa --head-std 0.1 --lr 0.02 --tune-encoder --encoder-lr 0.0005",
+     dict(prompt_soft=0.02, prompt_u=0.001, prompt_v=0.001, encoder=0.0005)),
+    ("--method lopa --head-std 0.1 --tune-encoder", dict(prompt_soft=0.03, prompt_u=0.001, prompt_v=0.001, encoder=0.001)),
+    ("--method idpg --lr 0.02", dict(prompt_head=0.02)),
+    ("--method pt --lr 0.02", dict(prompt_soft=0.02)),
+    ("--method full --lr 0.002", dict(gpt=0.002)),
+])
+def test_z_s_the_heads_and_a_tuned_encoder_have_rates_of_their_own(tiny, flags, rates):
+    moved = first_step(tiny, flags)
+    assert {key for name in moved for key in rates if name.replace(".", "_").startswith(key)} == rates.keys()
+    for name, distance in moved.items():
+        (rate,) = [rate for key, rate in rates.items() if name.replace(".", "_").startswith(key)]
+        assert distance == pytest.approx(rate, rel=0.02), name
+
+
+def test_the_probes_rate_is_the_heads(tiny, monkeypatch):
+    rates, adam = [], torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **how: rates.append([g["peak_lr"] for g in groups]) or adam(groups, **how))
+    train.baselines(config_of("--method pt --epochs 1"), problem_of(tiny, 16))
+    train.baselines(config_of("--epochs 1 --head-lr 0.5"), problem_of(tiny, 16))
+    assert rates == [[train.HEAD_LEARNING_RATE], [0.5]]
+
+
+@pytest.mark.parametrize("method", ["lopa", "pt", "residual", "dept", "adept"])
+def test_the_prompt_starts_as_large_as_the_models_embeddings_unless_told(tiny, method):
+    problem, flags = problem_of(tiny, 8), f"--method {method} --num-virtual-tokens 100"
+    for factor in (1, 5):
+        gpt = copy.deepcopy(problem.gpt)
+        gpt.wte.weight.mul_(factor)
+        numbers = gpt.wte.weight.flatten().tolist()
+        mean = sum(numbers) / len(numbers)
+        deviation = (sum((x - mean) ** 2 for x in numbers) / len(numbers)) ** 0.5
+        model = train.build(config_of(flags), dataclasses.replace(problem, gpt=gpt))
+        assert model.prompt.soft_prompt.std().item() == pytest.approx(deviation, rel=0.05)
+        model = train.build(config_of(f"{flags} --init-std 0.7"), dataclasses.replace(problem, gpt=gpt))
+        assert model.prompt.soft_prompt.std().item() == pytest.approx(0.7, rel=0.05)
+
+
+@pytest.mark.parametrize("num_blocks, read", [
+    (0, ["wte."]), (1, ["wte.", "wpe.", "h.0."]), (2, ["wte.", "wpe.", "h.0.", "h.1."])])
+def test_of_a_tuned_encoder_just_what_h_depends_on_is_trained_and_all_of_that_moves(tiny, num_blocks, read):
+    gpt = tiny[0]
+    wanted = {f"encoder.gpt.{name}" for name, _ in gpt.named_parameters() if name.startswith(tuple(read))}
+    moved = first_step(tiny, f"--tune-encoder --head-std 0.1 --encoder-blocks {num_blocks}", rows=24)
+    assert {name for name in moved if not name.startswith("prompt.")} == wanted
+    assert all(distance > 0 for distance in moved.values())
+
+
+# --- controls --------------------------------------------------------------------------------------------------
+
+
+def controlled(tiny, control, num_train=60):
+    """(the problem as `prepare` makes it with the control, and without)."""
+    flags = f"--max-train {num_train}"
+    return [train.prepare(config_of(f"{flags} --control {control}" if on else flags)) for on in (True, False)]
+
+
+def test_with_the_constant_control_every_h_is_the_training_splits_mean(tiny):
+    constant, own = controlled(tiny, "constant")
+    assert torch.allclose(own.train.instances.mean(dim=0), torch.zeros(64), atol=1e-5)
+    for name in ("train", "dev"):
+        split, without = (p.train if name == "train" else p.tests[name] for p in (constant, own))
+        assert split.instances.shape == (len(without), 64) and not split.instances.any() and without.instances.any()
+        for part in ("tokens", "lengths", "labels"):
+            assert torch.equal(getattr(split, part), getattr(without, part))
+
+
+def test_with_the_blind_control_h_stays_and_the_text_is_the_templates_ending(tiny):
+    blind, own = controlled(tiny, "blind")
+    for name in ("train", "dev"):
+        split, without = (p.train if name == "train" else p.tests[name] for p in (blind, own))
+        assert torch.equal(split.instances, without.instances) and torch.equal(split.labels, without.labels)
+        for row, length in zip(split.tokens, split.lengths):
+            assert tiny[1].decode(row[:length].tolist()) == " . It was"
+
+
+@pytest.mark.parametrize("method", ["lopa", "pt", "lora"])
+def test_a_blind_model_reads_the_prompt_and_the_ending_alone_from_first_to_last(tiny, tmp_path, monkeypatch, method):
+    read, hidden_at = [], model.GPT.hidden_at
+    monkeypatch.setattr(model.GPT, "hidden_at", lambda gpt, x, last: read.append((gpt, x, last)) or hidden_at(gpt, x, last))
+    scored, predict = [], train.predict
+    monkeypatch.setattr(train, "predict", lambda *a: scored.append(predict(*a)) or scored[-1])
+    train.main([*QUICK, "--epochs", "1", "--method", method, "--control", "blind", "--out", str(tmp_path)])
+    ending = tiny[1].encode_ordinary(" . It was")
+    assert len(read) > 13                                              # zero-shot, 13 steps, scoring
+    for gpt, x, last in read:
+        assert x.shape[1] in (len(ending), 10 + len(ending)) and set(last.tolist()) == {x.shape[1] - 1}
+        assert torch.equal(x[:, -len(ending):], gpt.wte.weight[ending].expand(len(x), -1, -1))
+    differ = (scored[-1] - scored[-1][0]).abs().max().item()
+    assert differ > 1e-3 if method == "lopa" else differ < 1e-6        # what is not constant comes from h
 
 
 @pytest.mark.slow
