@@ -1063,13 +1063,14 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, Config | Non
     used = set(inspect.signature(method).parameters if method else ["rank"] * (config.method == "lora"))
     idle = {"num_virtual_tokens", "rank", "hidden_dim", "fusion", "dropout", "init_std", "head_std"} - used
     idle |= {"head_lr"} if config.method != "lopa" else set()
-    idle |= {"encoder_lr"} if not config.tune_encoder else set()
     if "instance_dim" not in used:                                     # the method does not look at h
-        idle |= {"encoder", "encoder_blocks", "tune_encoder"}
+        idle |= {"encoder", "encoder_blocks", "encoder_lr", "tune_encoder"}
         idle |= {"control"} if config.control != "blind" else set()
     require_effect(config, usual, idle, f"--method {config.method}")
     if config.tune_encoder:
         require_effect(config, usual, {"control"}, "--tune-encoder, which computes h itself")
+    else:
+        require_effect(config, usual, {"encoder_lr"}, "a frozen encoder")
     if "tiny" not in (config.model, config.encoder):
         require_effect(config, usual, {"pretrain_seed"}, f"--model {config.model}")
     return args, config
