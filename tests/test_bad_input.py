@@ -1,10 +1,12 @@
 """Whatever a student types or a disk does: exit code 2, one line of error, and nothing written, changed or deleted.
 
 Each table is (what is typed or damaged, words of the line). They run in a folder with `run`, finished; `cut`, the same but stopped
-by Ctrl-C after step 5 of 8, with checkpoints after steps 5 and 3; `glue`, the rows of both; and some more.
+by Ctrl-C after step 5 of 8, with checkpoints after steps 5 and 3; `glue`, the rows of both; one finished run of each control;
+and some more.
 """
 
 import copy
+import dataclasses
 import fcntl
 import io
 import json
@@ -55,6 +57,8 @@ def world(quick, tmp_path_factory):
         (world / "file").write_text("in the way")
         (world / "empty").mkdir()
         train.main([*RUN, "--out", "run"])
+        for control in train.CONTROLS:
+            train.main([*RUN, "--control", control, "--out", control])
         interrupt(patched, 5, *RUN, "--save-every", "3", "--out", "cut")
     return world
 
@@ -119,7 +123,11 @@ NUMBERS = [
       for value in ("123456789012345678901", "9" * 400)),
     *((flag, value, f"argument {flag}: invalid int value") for value, flag in zip(NO_NUMBERS, [*WHOLE, "--seed"])),
     *((flag, "-1", f"{flag}: -1 is not between 0 and 2147483648") for flag in ("--seed", "--pretrain-seed")),
-    *((flag, value, f"{flag}: {float(value)} is not between 1e-12 and 1") for flag in ("--lr", "--init-std")
+    *(("--encoder-blocks", value, f"--encoder-blocks: {value[:10]}") for value in ("-1", "1001", "9" * 400)),
+    *(("--encoder-blocks", value, "argument --encoder-blocks: invalid int value") for value in ("half", "0.5", "")),
+    *(("--encoder-blocks", value, f"the encoder has 2 blocks, h cannot be read after {value}: name 0 to 2") for value in ("3", "1000")),
+    *((flag, value, f"{flag}: {float(value)} is not between 1e-12 and 1")
+      for flag in ("--lr", "--head-lr", "--encoder-lr", "--init-std", "--head-std")
       for value in ("0", "-1", "nan", "inf", "1e400", "1e-400", "9" * 400)),
     *(("--dropout", value, f"--dropout: {float(value)} is not between 0 and 0.99") for value in ("-0.1", "1", "nan", "9e99")),
     *((flag, value, f"argument {flag}: invalid float value") for flag in ("--lr", "--dropout") for value in ("high", "", "1,5")),
@@ -140,6 +148,9 @@ def test_numbers(refused_at_once, flag, value, words):
     ("--task sst2 --fusion mean", "argument --fusion: invalid choice: 'mean'"),
     ("--task sst2 --dtype float16", "argument --dtype: invalid choice: 'float16'"),
     ("--task sst2 --device tpu", "argument --device: invalid choice: 'tpu'"),
+    ("--task sst2 --control nonsense", "argument --control: invalid choice: 'nonsense'"),
+    ("--task sst2 --control", "argument --control: expected one argument"),
+    ("--task sst2 --shuffle-instances", "unrecognized arguments: --shuffle-instances"),
     ("--task sst2 --ran 3", "unrecognized arguments: --ran 3"),
     ("--task sst2 --phm 4", "unrecognized arguments: --phm 4"),
     ("--task sst2 sst2", "unrecognized arguments: sst2"),
@@ -168,11 +179,25 @@ def test_numbers(refused_at_once, flag, value, words):
     ("--task sst2 --method full --rank 5", "--rank has no effect with --method full"),
     ("--task sst2 --method full --init-std 5", "--init-std has no effect with --method full"),
     ("--task sst2 --method full --tune-encoder", "--tune-encoder has no effect with --method full"),
+    ("--task sst2 --method pt --head-lr 1", "--head-lr has no effect with --method pt: leave it out"),
+    ("--task sst2 --method pt --head-std 1", "--head-std has no effect with --method pt: leave it out"),
+    ("--task sst2 --method pt --encoder-lr 1", "--encoder-lr has no effect with --method pt: leave it out"),
+    ("--task sst2 --method pt --encoder-blocks 0", "--encoder-blocks has no effect with --method pt: leave it out"),
+    ("--task sst2 --method pt --control constant", "--control has no effect with --method pt: leave it out"),
+    ("--task sst2 --method idpg --head-lr 1", "--head-lr has no effect with --method idpg"),
+    ("--task sst2 --method idpg --head-std 1", "--head-std has no effect with --method idpg"),
+    ("--task sst2 --method lora --encoder-blocks 1", "--encoder-blocks has no effect with --method lora"),
+    ("--task sst2 --method full --control shuffled", "--control has no effect with --method full"),
+    ("--task sst2 --method full --encoder-lr 1", "--encoder-lr has no effect with --method full"),
+    ("--task sst2 --encoder-lr 1", "--encoder-lr has no effect with a frozen encoder: leave it out"),
+    ("--task sst2 --method idpg --encoder-lr 1", "--encoder-lr has no effect with a frozen encoder: leave it out"),
+    ("--task sst2 --tune-encoder --control constant", "--control has no effect with --tune-encoder"),
     ("--task sst2 --tune-encoder --control blind", "--control has no effect with --tune-encoder"),
     ("--task sst2 --model glue --pretrain-seed 3", "--pretrain-seed has no effect with --model glue"),
     ("--adapter run --predict x --task sst2", "--task has no effect with --predict"),
     ("--adapter run --predict x --seed 3", "--seed has no effect with --predict"),
     ("--adapter run --predict x --quiet", "--quiet has no effect with --predict"),
+    ("--adapter run --predict x --control blind", "--control has no effect with --predict"),
     ("--adapter run --predict x --resume run", "--resume has no effect with --predict"),
     # combinations
     ("--task sst2 --predict x", "--predict TEXT and --adapter DIR go together"),
@@ -190,6 +215,9 @@ def test_numbers(refused_at_once, flag, value, words):
     ("--resume run --task rte", "run holds another run: task is sst2 there and rte here"),
     ("--resume cut --model gpt3", "there is no model gpt3"),
     ("--resume cut --tune-encoder", "cut holds another run: tune_encoder is False there and True here"),
+    ("--resume cut --control blind", "cut holds another run: control is None there and blind here"),
+    ("--resume cut --encoder-blocks 0", "cut holds another run: encoder_blocks is None there and 0 here"),
+    ("--resume cut --head-lr 1", "cut holds another run: head_lr is 0.001 there and 1.0 here"),
     # models and data that are not there, or too small
     ("--task sst2 --model gpt3", "there is no model gpt3: name tiny, gpt2"),
     ("--task sst2 --model file", "there is no model file"),
@@ -222,7 +250,10 @@ def test_numbers(refused_at_once, flag, value, words):
     ("--task sst2 {small} --out run", "run holds another run: data is glue/SST-2 there and built-in sample, not GLUE here"),
     ("{run} --lr 1e30 --out run", "run holds another run: lr"),
     ("{run} --control shuffled --out run", "run holds another run: control is None there and shuffled here"),
+    ("{run} --head-std 0.02 --out run", "run holds another run: head_std is None there and 0.02 here"),
     # what --predict is given
+    *((f"--adapter {control} --predict x", f"the adapter in {control} is a control ({control}), made to be scored: predict with one")
+      for control in train.CONTROLS),
     ("--adapter nowhere --predict x", "nowhere/adapter.pt"),
     ("--adapter empty --predict x", "empty/adapter.pt"),
     ("--adapter file --predict x", "file/adapter.pt"),
@@ -352,7 +383,11 @@ CONTENT = [  # (done to the content of an adapter or a checkpoint, words)
     (entry("config", dropout=7), "--dropout: 7 is not between"), 
     (entry("config", seed=-1), "--seed: -1 is not between"), (entry("config", tune_encoder=1), "--tune-encoder: 1 is no bool"),
     (entry("config", epochs=torch.tensor(2)), "--epochs: tensor(2) is no int"),
-    (entry("config", rank=3), "differ"),
+    (entry("config", rank=3), "differ"), (entry("config", control="blind"), "differ"), (entry("config", encoder_blocks=0), "differ"),
+    (entry("config", control="nonsense"), "--control: 'nonsense' is none of"), (entry("config", control=True), "--control: True is no str"),
+    (entry("config", encoder_blocks=-1), "--encoder-blocks: -1 is not between"), (entry("config", encoder_blocks=0.0), "is no int"),
+    (entry("config", head_lr=0), "--head-lr: 0 is not between"), (entry("config", encoder_lr="1"), "--encoder-lr: '1' is no float"),
+    (entry("config", shuffle_instances=False), "shuffle_instances"),
     (entry("task", template="no field"), "has to name fields"), (entry("task", template=5), "have to be texts"),
     (entry("task", template="{sentence.__class__}"), "has to name fields"), (entry("task", label_words=[]), "have to be dictionaries"),
     (entry("task", label_names=("one",)), "1 label_names for 2 label_words"), (entry("task", label_names=5), "damaged"),
@@ -378,6 +413,8 @@ ADAPTER = [
     (entry("depends_on", fingerprint="0123456789ab"), "another model (0123456789ab)"),
     (entry("depends_on", fingerprint="x" * 10 ** 6), "another model (xxx"), (entry("depends_on", fingerprint=5), "5"),
     (lambda state: state["depends_on"].clear(), "damaged"), (entry("config", rank=10 ** 4, hidden_dim=10 ** 5), "--rank"),
+    (lambda state: [state[key].update(encoder_blocks=3) for key in ("config", "depends_on")], "the encoder has 2 blocks"),
+    (lambda state: [state[key].update(control="constant") for key in ("config", "depends_on")], "is a control (constant)"),
     (entry("config", num_virtual_tokens=128), "differ"), (entry("config", model="nowhere"), "there is no model nowhere"),
     (entry("task", label_words={"0": " terrible", "1": " magnificent"}), "it has to be 1"),
     (entry("config", model=5), "--model: 5 is no str"), (entry("config", encoder="file"), "there is no model file"),
@@ -493,6 +530,12 @@ def test_changed_labels_are_noticed_in_a_rerun_and_in_resume(refused, place):
             refused(argv, f"{folder} holds another run: data_sha256 is ")
     path.unlink()
     refused(["--resume", "cut"], "glue/SST-2/train.tsv not found")
+
+
+def test_the_blind_control_of_a_template_that_ends_in_its_text(refused, monkeypatch):
+    task = dataclasses.replace(data.TASKS["sst2"], template="It was {sentence}")
+    monkeypatch.setitem(data.TASKS, "sst2", task)
+    refused([*RUN, "--control", "blind", "--out", "new"], "--control blind: task sst2 has nothing after its text: end its template")
 
 
 def test_a_folder_in_use(refused, place):
@@ -731,7 +774,8 @@ def test_repeating_a_finished_command_and_killing_it_leaves_the_old_result(place
 
 
 FLAGS = dict(max_train=14, seed=1, epochs=2, batch_size=4, lr=0.02, init_std=0.5, num_virtual_tokens=4,
-             rank=3, hidden_dim=5, fusion="add", dropout=0.3, tune_encoder=True, dtype="bfloat16", holdout=4, control="blind")
+             rank=3, hidden_dim=5, fusion="add", dropout=0.3, tune_encoder=True, dtype="bfloat16", holdout=4, control="blind",
+             encoder_blocks=0, head_lr=0.002, encoder_lr=0.02, head_std=0.02)
 
 
 @pytest.mark.parametrize("method", train.LEARNING_RATES)
@@ -749,6 +793,7 @@ def test_a_flag_changes_what_is_trained_or_is_refused(place, tiny, method):
         try:
             changed = trained(*flag)
         except ValueError as error:
-            assert f"{flag[0]} has no effect with --method {method}" in str(error)
+            where = "a frozen encoder" if name == "encoder_lr" and method in ("lopa", "idpg") else f"--method {method}"
+            assert f"{flag[0]} has no effect with {where}" in str(error)
             continue
         assert usual.keys() != changed.keys() or not all(torch.equal(usual[key], changed[key]) for key in usual), flag
