@@ -265,6 +265,7 @@ def fit(config: Config, model: Adapted, problem: "Problem", folder: Path | None 
     total_steps = config.epochs * steps_per_epoch
     warmup_steps, save_every = int(0.06 * total_steps), config.save_every or steps_per_epoch
     parameters = list(model.trained().values())
+    rates = "--lr" + " or --head-lr" * (config.method == "lopa") + " or --encoder-lr" * config.tune_encoder
     optimizer = torch.optim.AdamW(parameter_groups(config, model), weight_decay=0.0)
     forward = DistributedDataParallel(model, init_sync=False) if num_processes > 1 else model
     shuffle = torch.Generator().manual_seed(config.seed)               # of the order of the rows alone
@@ -289,7 +290,8 @@ def fit(config: Config, model: Adapted, problem: "Problem", folder: Path | None 
                 factor = cosine_factor(step - 1, warmup_steps, total_steps)
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak_lr"] * factor
-                lr = config.lr * factor
+                advice = (f"of {total_steps}, learning rate {config.lr * factor:.2e}: "
+                          f"start again with a lower {rates}")
                 dropout.manual_seed((config.seed * total_steps + step - 1) * num_processes + process)
                 logits = forward(batch.tokens, batch.lengths, batch.instances)         # (B, labels)
                 loss = F.cross_entropy(logits, batch.labels)           # over the label words alone
@@ -301,7 +303,7 @@ def fit(config: Config, model: Adapted, problem: "Problem", folder: Path | None 
                 progress.update()
 
                 if step % 10 == 0 or step == last_step:                # not always: it waits for the GPU
-                    require_finite(losses[-10:], parameters, step, total_steps, lr)
+                    require_finite(losses[-10:], parameters, step, advice)
                     progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
                 if step == last_step:
                     mean_loss = per_process(losses).sum().item() / len(split)
@@ -311,7 +313,7 @@ def fit(config: Config, model: Adapted, problem: "Problem", folder: Path | None 
                     config.say(f"epoch {epoch}/{config.epochs}: loss {mean_loss:.4f}, {problem.test_name} "
                                f"accuracy {score:.3f}, {seconds:.1f} s")
                 if folder and (pressed or step % save_every == 0):
-                    require_finite(losses[-10:], parameters, step, total_steps, lr)
+                    require_finite(losses[-10:], parameters, step, advice)
                     save_checkpoint(folder, saved(config, model, problem) | dict(
                         config=asdict(config), step=step, losses=per_process(losses), metrics=metrics,
                         seconds=time.time() - began, moments=moments(model, optimizer)))
@@ -365,10 +367,8 @@ def batches(split: data.Encoded, order: Sequence[Tensor]) -> Iterator[data.Encod
             yield replace(batch, tokens=batch.tokens[:, :width])
 
 
-def require_finite(losses: list[Tensor], parameters: list[Tensor], step: int, total_steps: int,
-                   lr: float) -> None:
+def require_finite(losses: list[Tensor], parameters: list[Tensor], step: int, advice: str) -> None:
     """FloatingPointError if one of these losses, which end at `step`, or a weight after it is not finite."""
-    advice = f"of {total_steps}, learning rate {lr:.2e}: start again with a lower --lr"
     for number, loss in enumerate(losses, start=step - len(losses) + 1):
         if not loss.isfinite():
             raise FloatingPointError(f"loss is {loss} at step {number} {advice}")

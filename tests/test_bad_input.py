@@ -547,13 +547,18 @@ def test_a_folder_in_use(refused, place):
     train.main(["--resume", "cut"])                                    # it is free again
 
 
-@pytest.mark.parametrize("flags", ["--lr 1e30", "--lr 1e20 --method pt", "--lr 1e38", "--lr 1e25 --method full"])
-def test_training_that_diverges_leaves_nothing_that_looks_like_a_result(place, capsys, flags):
+@pytest.mark.parametrize("flags, words", [
+    ("--lr 1e30", "start again with a lower --lr or --head-lr\n"), ("--lr 1e20 --method pt", "start again with a lower --lr\n"),
+    ("--lr 1e38", "--lr: 1e+38 is not between"), ("--lr 1e25 --method full", "start again with a lower --lr\n"),
+    ("--fusion add --head-lr 1e30", "start again with a lower --lr or --head-lr\n"),
+    ("--tune-encoder --encoder-lr 1e30", "start again with a lower --lr or --head-lr or --encoder-lr\n"),
+])
+def test_training_that_diverges_leaves_nothing_that_looks_like_a_result(place, capsys, flags, words):
     with pytest.raises(SystemExit) as stop:
         train.main(["--task", "sst2", "--data", "glue", "--epochs", "1", "--batch-size", "8", *flags.split(), "--out", "new"])
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and err.count("\n") == 1 and "wrote" not in out
-    assert "lower --lr" in err or "--lr: 1e+38 is not between" in err
+    assert words in err
     assert not list(place.glob("new/*"))
 
 
