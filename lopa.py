@@ -235,16 +235,21 @@ class IDPG(SoftPrompt):
     """Z = reshape(Head(h)): all of it from the input (Wu et al. 2022, arXiv 2204.04497), no task component.
 
     Shapes: h (B, d_h), Head(h) (B, m d), Z (B, m, d).
-    tanh as in LoPA's released re-implementation; IDPG's own code has GELU.
+    tanh as in LoPA's released re-implementation; IDPG's own code has GELU. It starts as LoPA does, with the
+    same prompt for every input: W_2 = 0 and b_2 ~ N(0, init_std^2); with head_std=0.02 as released.
     """
 
     def __init__(self, embed_dim: int, instance_dim: int, num_virtual_tokens: int = 10,
-                 hidden_dim: int = 256, dropout: float = 0.1, **unused):
+                 hidden_dim: int = 256, dropout: float = 0.1, init_std: float = 1.0,
+                 head_std: float | None = None, **unused):
         super().__init__(**unused)
         require_positive(embed_dim=embed_dim, instance_dim=instance_dim,
                          num_virtual_tokens=num_virtual_tokens, hidden_dim=hidden_dim)
         self.embed_dim = embed_dim
-        self.head = Head(instance_dim, hidden_dim, num_virtual_tokens * embed_dim, dropout)
+        self.head = Head(instance_dim, hidden_dim, num_virtual_tokens * embed_dim, dropout, head_std)
+        if head_std is None:
+            nn.init.zeros_(self.head.up_proj.weight)
+            nn.init.normal_(self.head.up_proj.bias, std=init_std)
 
     def prompt(self, instance: Tensor) -> Tensor:
         return self.head(instance).unflatten(-1, (-1, self.embed_dim))   # Eq. (6): (B, m d) -> (B, m, d)

@@ -2,6 +2,7 @@
 
     python -m experiments.any_model FOLDER --task sst2 --data DIR        and any flag of train.py
     python -m experiments.any_model --adapter runs/... --predict "a witty film"
+    python -m experiments.any_model compare FOLDER --task sst2 --data DIR    a table of experiments/compare.py
 
 FOLDER holds a model as Transformers saves it, or one .gguf file. What train.py asks of a frozen model are the
 methods of AnyModel, what data.py asks of a tokenizer those of Tokenizer: nothing else knows of Transformers.
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 import train
+from experiments import compare
 from model import GPT
 
 
@@ -103,7 +105,9 @@ def main(argv: list[str]) -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     train.load_model, train.COMMAND = load_model, "python -m experiments.any_model"
-    train.main(["--model", *argv] if argv and not argv[0].startswith("-") else argv)
+    program = compare if argv[:1] == ["compare"] else train
+    flags = argv[1:] if program is compare else argv
+    program.main(["--model", *flags] if flags and not flags[0].startswith("-") else flags)
 
 
 if __name__ == "__main__":

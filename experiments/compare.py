@@ -2,12 +2,15 @@
 
     python -m experiments.compare --task sst2                           every method, five seeds (12 minutes)
     python -m experiments.compare --task sst2 --ablate                  LoPA's ablations (15 minutes)
-    python -m experiments.compare --task rte --methods pt,lopa --seeds 0,1
+    python -m experiments.compare --task rte --methods pt,lopa,lopa-blind --seeds 0,1
+    python -m experiments.any_model compare FOLDER --task sst2 ...      the same on a model of Transformers
+    python -m experiments.compare --table experiments/results/NAME/runs.jsonl
 
-For each row of the table three learning rates are tried on a fifth of the training rows, held out. The best
-one then trains on all of them, once for each seed, and the last epoch is scored on dev, which nothing was
-chosen on. Every finished run is at once a line of runs.jsonl, and the same command goes on where it was. The
-other flags mean what they mean to train.py.
+For each row of the table three learning rates, a third of train.py's, its and three times it, are tried on a
+fifth of the training rows, held out. The best one then trains on all of them, once for each seed, and the
+last epoch is scored on dev, which nothing was chosen on. A control, lopa-blind say, is LoPA at its rates with
+something taken away. Every finished run is at once a line of runs.jsonl, and the same command goes on where
+it was. The other flags mean what they mean to train.py.
 """
 
 import argparse
@@ -20,21 +23,19 @@ from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
+import torch
+
 import data
 import train
 from lopa import get_nb_trainable_parameters
-
-# Learning rates to try; the middle one is train.py's default.
-LEARNING_RATES = {
-    "lopa": (1e-3, 3e-3, 1e-2), "idpg": (3e-3, 1e-2, 3e-2), "residual": (3e-3, 1e-2, 3e-2),
-    "pt": (1e-1, 3e-1, 1.0), "dpt": (1e-2, 3e-2, 1e-1), "bpt": (3e-3, 1e-2, 3e-2), "dept": (1e-2, 3e-2, 1e-1),
-    "adept": (3e-3, 1e-2, 3e-2), "lora": (1e-3, 3e-3, 1e-2), "full": (3e-4, 1e-3, 3e-3)}
 
 # What each method trains, and with whom it lives when one model serves many users.
 TRAINED = {"pt": "Z_S; user", "dpt": "A, B; user", "bpt": "A, B; user", "residual": "P and an MLP; user",
            "dept": "P and offsets by position; user", "adept": "P and offsets by token; user",
            "idpg": "one head on h; user", "lopa": "Z_S and two heads on h; user",
-           "lora": "updates of q, k, v; server", "full": "every weight; server"}
+           "lora": "updates of q, k, v; server", "full": "every weight; server",
+           "lopa-shuffled": "LoPA with another text's h", "lopa-constant": "LoPA with the same h for all",
+           "lopa-blind": "LoPA without the text"}
 
 # What --ablate changes about LoPA.
 ABLATIONS = {
@@ -42,15 +43,20 @@ ABLATIONS = {
     "5 virtual tokens": dict(num_virtual_tokens=5), "25 virtual tokens": dict(num_virtual_tokens=25),
     "concat instead of the gate": dict(fusion="concat"), "add instead of the gate": dict(fusion="add"),
     "max instead of the gate": dict(fusion="max"), "the encoder tuned too": dict(tune_encoder=True),
-    "instance embeddings shuffled": dict(shuffle_instances=True)}
+    "heads that start as released": dict(head_std=0.02), "a start of N(0, 1) as released": dict(init_std=1.0),
+    "h after 0 blocks": dict(encoder_blocks=0), "h after 1 block": dict(encoder_blocks=1),
+    "h after 2 blocks": dict(encoder_blocks=2)}
 
-VARIED = ("method", "init_std", "lr", "seed")    # from run to run, besides ABLATIONS
+FACTORS = (1 / 3, 1, 3)                  # of train.py's learning rates, to try
+
+VARIED = ("method", "control", "lr", "head_lr", "seed")      # from run to run, besides ABLATIONS
 
 # Flags of train.py that would change nothing here, and why.
 REFUSED = {
-    "method": "name some with --methods", "lr": "three are tried", "init_std": "it follows the method",
+    "method": "name some with --methods", "lr": "three are tried", "head_lr": "three are tried",
     "seed": "name some with --seeds", "holdout": "a fifth is held out to choose a learning rate",
-    "tune_encoder": "--ablate has it", "shuffle_instances": "--ablate has it",
+    "tune_encoder": "--ablate has it", "encoder_lr": "--ablate alone tunes encoders",
+    "control": "name lopa-blind, say, with --methods",
     "save_every": "every finished run is saved", "resume": "the same command goes on where it was",
     "predict": "train.py does", "adapter": "train.py does", "compare": "leave it out"}
 
@@ -59,7 +65,8 @@ def study(args: argparse.Namespace) -> str:
     """Make the runs that are not in runs.jsonl yet; returns the table, which is in table.md too."""
     say = (lambda text: None) if args.quiet else partial(print, flush=True)
     given = {f.name: vars(args)[f.name] for f in fields(train.Config) if f.name in args}
-    changes = ABLATIONS if args.ablate else {method: dict(method=method) for method in args.methods}
+    changes = ABLATIONS if args.ablate else {
+        name: dict(zip(("method", "control"), name.split("-"))) for name in args.methods}
     base = train.Config(**given)
     configs = {name: train.Config(**given | change) for name, change in changes.items()}
     longest = max(c.num_virtual_tokens * (2 if c.fusion == "concat" else 1) for c in configs.values())
@@ -72,45 +79,67 @@ def study(args: argparse.Namespace) -> str:
     path = default_folder(base, about["study"]) / "runs.jsonl"
     lines = earlier_lines(path, {name: value for name, value in about.items() if name not in VARIED})
 
-    def finished(stage: str, problem: train.Problem, name: str, lr: float, seed: int) -> dict:
-        """The line of a run, which is made if it is not there."""
-        config = replace(configs[name], lr=lr, seed=seed, quiet=True)
+    def finished(row: str, stage: str, problem: train.Problem, usual: train.Config, factor: float,
+                 seed: int) -> dict:
+        """The line of a run at `factor` times its usual rates, which is made if it is not there."""
+        lr, head_lr = (float(f"{factor * lr:.1g}") for lr in (usual.lr, usual.head_lr))
+        config = replace(usual, lr=lr, head_lr=head_lr, seed=seed, quiet=True)
         wanted = dict(stage=stage, **config.deciding()) | dict(data=problem.source)
         for line in lines[1:]:
             if wanted.items() <= line.items():
                 return line
-        model = train.build(config, problem)
+        model, problem = train.build(config, problem), problem.controlled(config.control, seed)
+        one_row = problem.test[torch.tensor([0], device=config.device)]    # only the last epoch is scored
         try:
-            shuffles = config.shuffle_instances
-            *_, last = train.fit(config, model, problem.shuffled(seed) if shuffles else problem)
+            *_, last = train.fit(config, model, replace(problem, tests={problem.test_name: one_row}))
+            last["accuracy"] = train.accuracy(train.predict(model, problem.test), problem.test.labels)
         except FloatingPointError as error:
             last = dict(accuracy=0.0, seconds=0.0, diverged=str(error).partition(":")[0])
-        lines.append(wanted | last | dict(trainable_parameters=get_nb_trainable_parameters(model)[0]))
-        data.save_file(path, lines)
-        say(f"  {stage} {len(lines) - 1}: {name}, lr {lr:g}, seed {seed}, accuracy {last['accuracy']:.3f}, "
+        trainable, _ = get_nb_trainable_parameters(model)
+        add(dict(row=row) | wanted | last | dict(trainable_parameters=trainable))
+        say(f"  {stage} {len(lines) - 1}: {row}, lr {lr:g}, seed {seed}, accuracy {last['accuracy']:.3f}, "
             + last.get("diverged", f"{last['seconds']:.1f} s"))
         return lines[-1]
 
-    rows = []
+    def add(line: dict) -> None:
+        lines.append(line)
+        data.save_file(path, lines)
+
+    if not any(line["stage"] == "before" for line in lines[1:]):
+        add(dict(stage="before", scored_on=problem.test_name, d_h=len(problem.encoder.mean),
+                 labels=len(problem.label_ids)) | train.baselines(base, problem))
     for name, config in configs.items():
-        trials = [finished("trial", held_out, name, lr, seed=0) for lr in LEARNING_RATES[config.method]]
-        best = max(trials, key=lambda trial: trial["accuracy"])["lr"]
-        runs = [finished("seed", problem, name, best, seed) for seed in args.seeds]
-        rows.append([name, TRAINED[config.method], f"{runs[0]['trainable_parameters']:,}", summary(runs),
-                     f"{best:g}", f"{statistics.mean(run['seconds'] for run in runs):.1f}"])
-        say(f"{name}: {summary(runs)}")
-    header = ["LoPA" if args.ablate else "method", "what is trained; it lives with", "trainable",
-              f"{problem.test_name} accuracy", "learning rate", "seconds"]
-    if not args.ablate:
-        sizes = {"linear_probe": (len(problem.encoder.mean) + 1) * len(problem.label_ids)}
-        rows += [[name.replace("_", " "), "", str(sizes.get(name, 0)), f"{score:.3f}", "", ""]
-                 for name, score in train.baselines(problem).items()]
-    rows = [header, ["---"] * len(header), *rows]
-    table = "".join(f"| {' | '.join(row[:1] + row[2:] if args.ablate else row)} |\n" for row in rows)
+        tried = replace(config, control=None)                          # a control has LoPA's rates
+        row = config.method if config.control else name
+        best = max(FACTORS, key=lambda f: finished(row, "trial", held_out, tried, f, seed=0)["accuracy"])
+        for seed in args.seeds:
+            finished(name, "seed", problem, config, best, seed)
     with data.whole(path.with_name("table.md"), "the table") as file:
-        file.write(table.encode())
+        file.write(table(path).encode())
     say(f"\n{args.task}, {problem.source}, {len(args.seeds)} seeds; wrote {path} and table.md:\n")
-    return table
+    return table(path)
+
+
+def table(path: Path) -> str:
+    """The table of a study's runs.jsonl, in Markdown."""
+    about, *lines = [json.loads(line) for line in path.read_text().splitlines()]
+    ablate, before = about["study"] == "ablate", next(line for line in lines if line["stage"] == "before")
+    rows = []
+    for name in dict.fromkeys(line["row"] for line in lines if line["stage"] == "seed"):
+        runs = [line for line in lines if line["stage"] == "seed" and line["row"] == name]
+        rates = f"{runs[0]['lr']:g}" + f", {runs[0]['head_lr']:g}" * (runs[0]["method"] in ("lopa", "idpg"))
+        rows.append([name, TRAINED.get(name, ""), f"{runs[0]['trainable_parameters']:,}", summary(runs), rates,
+                     f"{statistics.mean(run['seconds'] for run in runs):.1f}"])
+    header = ["LoPA" if ablate else "method", "what is trained; it lives with", "trainable",
+              f"{before['scored_on']} accuracy", "learning rate", "seconds"]
+    if not ablate:
+        d_h, H, labels = before["d_h"], about["hidden_dim"], before["labels"]
+        sizes = dict(majority=0, zero_shot=0, linear_probe=(d_h + 1) * labels,
+                     hidden_layer_probe=(d_h + 1) * H + (H + 1) * labels)
+        rows += [[name.replace("_", " "), "", f"{size:,}", f"{before[name]:.3f}", "", ""]
+                 for name, size in sizes.items()]
+    rows = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(row[:1] + row[2:] if ablate else row)} |\n" for row in rows)
 
 
 def summary(runs: list[dict]) -> str:
@@ -172,8 +201,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--methods", type=listed(str), metavar="A,B", help="these alone (default: all)")
     parser.add_argument("--seeds", type=listed(int), default=[0, 1, 2, 3, 4], metavar="A,B",
                         help="default: 0,1,2,3,4")
+    parser.add_argument("--table", metavar="FILE", help="print the table of a runs.jsonl, and train nothing")
     parser.add_argument("--quiet", action="store_true", help="print the table alone")
     args = parser.parse_args(argv)
+    if args.table:
+        return args
     if args.task is None:
         parser.error(f"name a task: --task {' or '.join(data.TASKS)}")
     if args.ablate and args.methods:
@@ -190,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
         args = parse_args(argv)
         if "LOCAL_RANK" in os.environ:
             raise ValueError("it trains many small models one by one: start it without torchrun")
-        print(study(args), end="")
+        print(table(Path(args.table)) if args.table else study(args), end="")
     except (ValueError, OSError) as error:
         print(f"compare: error: {data.short(error, 300)}", file=sys.stderr)
         sys.exit(2)
