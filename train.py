@@ -66,6 +66,8 @@ LEARNING_RATES = {"lopa": (3e-2, 3e-2), "idpg": (3e-2, 3e-2), "pt": (3e-1, 3e-2)
                   "bpt": (1e-2, 1e-2), "residual": (1e-2, 1e-3), "dept": (3e-2, 1e-2), "adept": (1e-2, 3e-3),
                   "lora": (3e-3, 1e-3), "full": (1e-3, 3e-5)}
 HEAD_LEARNING_RATES = (3e-3, 1e-3)       # of LoPA's and IDPG's heads
+# Where these are in Adapted and in HiddenLayerProbe. A model trained in full may have an lm_head.
+HEADS = ("prompt.u_head.", "prompt.v_head.", "prompt.head.", "head.")
 
 COMMAND = "python train.py"              # as messages give it
 
@@ -334,7 +336,7 @@ def parameter_groups(config: Config, model: Adapted) -> list[dict]:
         lr = config.lr
         if name.startswith("encoder."):
             lr = config.encoder_lr
-        elif "head." in name and name != "prompt.head.up_proj.bias":
+        elif name.startswith(HEADS) and name != "prompt.head.up_proj.bias":
             lr = config.head_lr
         groups.setdefault(lr, []).append(p)
     return [dict(params=params, peak_lr=lr) for lr, params in groups.items()]
