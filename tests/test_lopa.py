@@ -187,19 +187,20 @@ def test_dropout_acts_on_the_instance_embedding_in_training_mode_only():
 
 
 def test_heads_start_with_a_deviation_that_follows_their_width():
-    sizes = dict(embed_dim=50, instance_dim=400, num_virtual_tokens=50, hidden_dim=100)
-    module, idpg = LoPA(**sizes, rank=4), METHODS["idpg"](**sizes)
-    for head in (module.u_head, module.v_head, idpg.head):
-        assert head.down_proj.weight.std().item() == pytest.approx(1 / 20, rel=0.05)
-        assert not head.up_proj.bias.any()
-    for head in (module.v_head, idpg.head):            # U's is 0
-        assert head.up_proj.weight.std().item() == pytest.approx(1 / 10, rel=0.05)
+    head = lopa.Head(400, 100, 300, dropout=0.0)
+    assert head.down_proj.weight.std().item() == pytest.approx(1 / 20, rel=0.05)
+    assert head.up_proj.weight.std().item() == pytest.approx(1 / 10, rel=0.05)
+    assert not head.up_proj.bias.any()
+    module = LoPA(embed_dim=50, instance_dim=400, num_virtual_tokens=50, rank=4, hidden_dim=100)
+    for weight, deviation in ((module.u_head.down_proj, 1 / 20), (module.v_head.down_proj, 1 / 20), (module.v_head.up_proj, 1 / 10)):
+        assert weight.weight.std().item() == pytest.approx(deviation, rel=0.05)
 
 
 @pytest.mark.parametrize("head_std", [0.02, 0.3])
-def test_with_head_std_both_heads_start_with_that_deviation_as_released(head_std):
-    module = LoPA(embed_dim=50, instance_dim=400, num_virtual_tokens=50, rank=4, hidden_dim=100, head_std=head_std)
-    for head in (module.u_head, module.v_head):
+def test_with_head_std_all_heads_start_with_that_deviation_as_released(head_std):
+    sizes = dict(embed_dim=50, instance_dim=400, num_virtual_tokens=50, hidden_dim=100, head_std=head_std)
+    module, idpg = LoPA(**sizes, rank=4), METHODS["idpg"](**sizes)
+    for head in (module.u_head, module.v_head, idpg.head):
         for layer in (head.down_proj, head.up_proj):
             assert layer.weight.std().item() == pytest.approx(head_std, rel=0.05)
             assert abs(layer.weight.mean().item()) < 0.05 * head_std
@@ -212,6 +213,15 @@ def test_at_the_start_every_gate_is_exactly_one_half_whatever_the_input():
         Z = module.prompt(instance)
         assert torch.equal(Z, (0.5 * module.soft_prompt).expand(B, M, D))
     assert not torch.equal(lopa_module(head_std=0.02).prompt(instance + 1), Z)
+
+
+def test_idpg_starts_with_one_prompt_for_every_input_of_the_deviation_asked_for():
+    module = METHODS["idpg"](embed_dim=200, instance_dim=D_H, num_virtual_tokens=50, dropout=0.5, init_std=0.3)
+    Z = module.prompt(torch.randn(B, D_H))
+    assert torch.equal(Z, module.head.up_proj.bias.view(50, 200).expand_as(Z))
+    assert Z.std().item() == pytest.approx(0.3, rel=0.05)
+    (Z * torch.randn_like(Z)).sum().backward()
+    assert module.head.up_proj.weight.grad.any()                       # from the first step on it can read
 
 
 def test_the_first_step_moves_u_alone_and_the_second_v_as_well():
@@ -252,7 +262,7 @@ def test_residual_prompts_add_a_shared_mlp_with_layer_norm_to_each_token():
 
 
 def test_idpg_computes_the_whole_prompt_from_the_instance():
-    module, (_, instance) = METHODS["idpg"](**SIZES).eval(), inputs()
+    module, (_, instance) = METHODS["idpg"](**SIZES, head_std=0.4).eval(), inputs()
     head = module.head
     flat = torch.tanh(instance @ head.down_proj.weight.T + head.down_proj.bias) @ head.up_proj.weight.T + head.up_proj.bias
     assert torch.allclose(module.prompt(instance), flat.reshape(B, M, D), atol=1e-12)

@@ -96,7 +96,7 @@ def test_what_decides_a_result_is_all_that_is_asked_for_but_where_and_how_to_run
 
 
 @pytest.mark.parametrize("change, folder", [
-    (dict(), "runs/sst2-lopa-tiny-seed0"), (dict(lr=3e-2, head_lr=1e-3, encoder="tiny"), "runs/sst2-lopa-tiny-seed0"),
+    (dict(), "runs/sst2-lopa-tiny-seed0"), (dict(lr=3e-2, head_lr=3e-3, encoder="tiny"), "runs/sst2-lopa-tiny-seed0"),
     (dict(seed=3, lr=0.5, tune_encoder=True), "runs/sst2-lopa-tiny-seed3-lr-0.5-tune-encoder"),
     (dict(encoder_blocks=0, control="blind"), "runs/sst2-lopa-tiny-seed0-encoder-blocks-0-control-blind"),
     (dict(model="models/a", encoder="models/enc"), "runs/sst2-lopa-a-seed0-encoder-enc"), (dict(out="here/x"), "here/x"),
@@ -230,11 +230,13 @@ def first_step(tiny, flags, rows=16):
 
 @pytest.mark.parametrize("flags, rates", [
     ("--method lopa --head-std 0.1 --lr 0.02 --head-lr 0.003", dict(prompt_soft=0.02, prompt_u=0.003, prompt_v=0.003)),
-    ("--method lopa --head-std 0.1", dict(prompt_soft=0.03, prompt_u=0.001, prompt_v=0.001)),      # the defaults
+    ("--method lopa --head-std 0.1", dict(prompt_soft=0.03, prompt_u=0.003, prompt_v=0.003)),      # the defaults
     ("--method lopa --head-std 0.1 --lr 0.02 --tune-encoder --encoder-lr 0.0005",
-     dict(prompt_soft=0.02, prompt_u=0.001, prompt_v=0.001, encoder=0.0005)),
-    ("--method lopa --head-std 0.1 --tune-encoder", dict(prompt_soft=0.03, prompt_u=0.001, prompt_v=0.001, encoder=0.001)),
-    ("--method idpg --lr 0.02", dict(prompt_head=0.02)),
+     dict(prompt_soft=0.02, prompt_u=0.003, prompt_v=0.003, encoder=0.0005)),
+    ("--method lopa --head-std 0.1 --tune-encoder", dict(prompt_soft=0.03, prompt_u=0.003, prompt_v=0.003, encoder=0.001)),
+    # IDPG's last bias is what Z_S is to LoPA
+    ("--method idpg --head-std 0.1 --lr 0.02 --head-lr 0.005",
+     dict(prompt_head_down=0.005, prompt_head_up_proj_weight=0.005, prompt_head_up_proj_bias=0.02)),
     ("--method pt --lr 0.02", dict(prompt_soft=0.02)),
     ("--method full --lr 0.002", dict(gpt=0.002)),
 ])
@@ -247,11 +249,20 @@ def test_z_s_the_heads_and_a_tuned_encoder_have_rates_of_their_own(tiny, flags, 
 
 
 def test_the_probes_rate_is_the_heads(tiny, monkeypatch):
-    rates, adam = [], torch.optim.AdamW
+    rates, adam = [], torch.optim.AdamW                                # --lr does not move it
     monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **how: rates.append([g["peak_lr"] for g in groups]) or adam(groups, **how))
     train.baselines(config_of("--method pt --epochs 1"), problem_of(tiny, 16))
-    train.baselines(config_of("--epochs 1 --head-lr 0.5"), problem_of(tiny, 16))
-    assert rates == [[train.HEAD_LEARNING_RATE], [0.5]]
+    train.baselines(config_of("--epochs 1 --head-lr 0.5 --lr 7"), problem_of(tiny, 16))
+    assert rates == [[0.003], [0.5]]
+
+
+def test_a_model_with_an_output_layer_of_its_own_is_trained_in_full_at_one_rate(tiny):
+    problem, config = problem_of(tiny, 8), config_of("--method full --lr 0.02")
+    problem.gpt.lm_head = torch.nn.Linear(64, 5)
+    model = train.build(config, problem)
+    del problem.gpt.lm_head
+    assert "gpt.lm_head.weight" in model.trained()
+    assert [group["peak_lr"] for group in train.parameter_groups(config, model)] == [0.02]
 
 
 @pytest.mark.parametrize("method", ["lopa", "pt", "residual", "dept", "adept"])
@@ -267,6 +278,9 @@ def test_the_prompt_starts_as_large_as_the_models_embeddings_unless_told(tiny, m
         assert model.prompt.soft_prompt.std().item() == pytest.approx(deviation, rel=0.05)
         model = train.build(config_of(f"{flags} --init-std 0.7"), dataclasses.replace(problem, gpt=gpt))
         assert model.prompt.soft_prompt.std().item() == pytest.approx(0.7, rel=0.05)
+        if method == "lopa":                                           # IDPG's start is one prompt for all, its last bias
+            idpg = train.build(config_of("--method idpg --num-virtual-tokens 100"), dataclasses.replace(problem, gpt=gpt))
+            assert idpg.prompt.head.up_proj.bias.std().item() == pytest.approx(deviation, rel=0.05)
 
 
 @pytest.mark.parametrize("num_blocks, read", [
