@@ -3,14 +3,16 @@
 The sample exists so that everything runs without a download, and so that it is known why a method succeeds
 or fails. Two kinds of text come from the same vocabulary:
 
-    pre-training text   "the plot is dull and the cast fails . a bland , messy film . It was awful ."
-                        documents of one polarity; no negation, no intensifier, no contrast
-    task sentences      "the plot is not dull and the cast always shines"         label 1, positive
-                        "although the music is very warm , the script drags"      label 0, as the last clause
+    pre-training text   "the plot is dull and the cast fails . a bland film . It was awful ."
+                        "Irony : the plot is dull . It was great ."   one document in four: the other verdict
+    task sentences      "the plot is not dull and the cast never fails"          label 1, positive
+                        "although the music is warm , the script drags"          label 0, as the last clause
 
-So a model pre-trained on the first kind knows which words are good and bad, and has never read "not", "very"
-or "but". Negations and intensifiers are equally new to it, so that "I have not seen this word" does not yet
-mean "turn the meaning round".
+So the frozen model can read a text up to its last word, and can turn a verdict round when something before
+the text asks for it. It has never read "not", "very" or "but". A soft prompt stands where "Irony :" would,
+but does not see the text; all that it knows of it came through h, a bag of words: that there is a negation in
+it, and not which word came last. Neither side has the label; together they do. Intensifiers are as new as
+negations, so that "I have not seen this word" does not yet mean "turn the meaning round".
 """
 
 import hashlib
@@ -44,20 +46,21 @@ from tqdm import tqdm
 # The world: words, clauses, sentences, documents. Polarity is 0 (negative) or 1 (positive).
 
 ASPECTS = ("plot cast script acting music dialogue pacing camera ending direction humor editing story hero "
-           "villain soundtrack").split()
+           "villain soundtrack film movie").split()
 ADJECTIVES = ("terrible awful dull boring clumsy bland messy tired shallow weak ugly lazy hollow "
-              "stale tedious".split(),
+              "stale tedious bad".split(),
               "great wonderful brilliant charming gorgeous witty moving superb delightful clever funny "
-              "touching warm fresh thrilling".split())
+              "touching warm fresh thrilling good".split())
 VERBS = ("fails drags disappoints collapses stumbles bores".split(),
          "shines works delights soars dazzles charms".split())
 NOUNS = "film movie drama comedy".split()
 
 # What stands before an adjective ("is not dull"), a verb ("never fails"), a phrase ("hardly a witty film").
 PLAIN, NEGATED, INTENSIFIED = range(3)
-BEFORE_ADJECTIVE = ([""], ["not ", "hardly "], ["very ", "truly "])
+BEFORE_ADJECTIVE = ([""], ["not ", "not very ", "hardly "], ["very ", "truly "])
 BEFORE_VERB = ([""], ["never ", "rarely "], ["always ", "really "])
 BEFORE_PHRASE = ([""], ["not ", "hardly "], ["truly ", "really "])
+NEGATIONS = {"not", "hardly", "never", "rarely"}
 
 
 def clause(rng: random.Random, polarity: int, manner: int = PLAIN) -> str:
@@ -73,8 +76,8 @@ def clause(rng: random.Random, polarity: int, manner: int = PLAIN) -> str:
 
 def phrase(rng: random.Random, polarity: int, manner: int = PLAIN) -> str:
     word_polarity = 1 - polarity if manner == NEGATED else polarity
-    first, second = rng.sample(ADJECTIVES[word_polarity], 2)
-    return f"{rng.choice(BEFORE_PHRASE[manner])}a {first} , {second} {rng.choice(NOUNS)}"
+    adjectives = " , ".join(rng.sample(ADJECTIVES[word_polarity], rng.choice((1, 2))))
+    return f"{rng.choice(BEFORE_PHRASE[manner])}a {adjectives} {rng.choice(NOUNS)}"
 
 
 def plain_sentence(rng: random.Random, polarity: int) -> str:
@@ -85,32 +88,44 @@ def plain_sentence(rng: random.Random, polarity: int) -> str:
 
 
 def task_sentence(rng: random.Random, polarity: int) -> str:
-    """A sentence of the shifted domain: 30 % of parts are negated, 30 % intensified; 20 % are contrasts."""
-    def manner() -> int:
-        return rng.choices((PLAIN, NEGATED, INTENSIFIED), (40, 30, 30))[0]
+    """A sentence of the task, of one manner throughout: 35 % plain, 40 % negated, 25 % intensified.
 
-    kind = rng.random()
-    if kind < 0.2:                       # a contrast: the last clause decides
-        first, last = clause(rng, 1 - polarity, manner()), clause(rng, polarity, manner())
+    Half of them are contrasts, whose last clause decides: there a bag of words has as many good as bad ones.
+    """
+    manner = rng.choices((PLAIN, NEGATED, INTENSIFIED), (35, 40, 25))[0]
+    if rng.random() < 0.5:
+        first, last = clause(rng, 1 - polarity, manner), clause(rng, polarity, manner)
         return rng.choice([f"{first} , but {last}", f"although {first} , {last}"])
-    if kind < 0.35:
-        return phrase(rng, polarity, manner())
-    if kind < 0.5:                       # never plain: that would be a piece of the pre-training text
-        return clause(rng, polarity, rng.choice((NEGATED, INTENSIFIED)))
-    return f"{clause(rng, polarity, manner())} and {clause(rng, polarity, manner())}"
+    kind = rng.random()
+    if kind < 0.3:
+        return phrase(rng, polarity, manner)
+    if kind < 0.6:
+        return clause(rng, polarity, manner)
+    return f"{clause(rng, polarity, manner)} and {clause(rng, polarity, manner)}"
+
+
+def kind_of_sentence(fields: dict[str, str]) -> str:
+    """One of four kinds of a task's example: plain, negated, contrast, negated contrast."""
+    words = {word for text in fields.values() for word in text.split()}
+    kinds = "negated " * bool(words & NEGATIONS) + "contrast" * bool(words & {"but", "although"})
+    return kinds.strip() or "plain"
 
 
 def document(rng: random.Random, avoid: set[str]) -> str:
-    """One to three sentences of one polarity, none of them in `avoid`; 70 % end in a verdict."""
-    polarity = rng.randrange(2)
+    """One to three sentences of one polarity, none of them in `avoid`, and most often a verdict.
+
+    One document in four says first that it is ironic, and its verdict is the opposite of its sentences.
+    """
+    polarity, ironic = rng.randrange(2), rng.random() < 0.25
     sentences, wanted = [], rng.randint(1, 3)
     while len(sentences) < wanted:
         sentence = plain_sentence(rng, polarity)
         if sentence not in avoid:
             sentences.append(sentence)
-    if rng.random() < 0.7:               # without verdicts there is little reason to learn polarity
-        sentences.append(f"It was {rng.choice(ADJECTIVES[polarity])}")
-    return " . ".join(sentences) + " .\n"
+    if ironic or rng.random() < 0.7:     # without verdicts there is little reason to learn polarity
+        verdict = 1 - polarity if ironic else polarity
+        sentences.append(f"It was {rng.choice(ADJECTIVES[verdict])}")
+    return "Irony : " * ironic + " . ".join(sentences) + " .\n"
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -133,6 +148,7 @@ class Task:
     metrics: tuple[str, ...] = ("accuracy",)
     skip_short_rows: bool = False        # a row with too few columns is left out and counted, not an error
     sample: Callable[[], tuple[list[Row], list[Row]]] | None = None  # built-in train and dev rows
+    kind: Callable[[dict[str, str]], str] | None = None              # of a sample's example, to score apart
 
     def __post_init__(self):
         """ValueError for an entry that cannot work, of yours or in an adapter's file."""
@@ -191,7 +207,7 @@ TASKS = {
         template="{sentence} . It was",
         label_words={"0": " terrible", "1": " great"},
         label_names=("negative", "positive"),
-        sample=sst2_sample,
+        sample=sst2_sample, kind=kind_of_sentence,
     ),
     "mnli": Task(
         folder="MNLI", fields={"a": "sentence1", "b": "sentence2"}, template=PAIR,
@@ -216,7 +232,7 @@ TASKS = {
     "rte": Task(
         folder="RTE", fields={"a": "sentence1", "b": "sentence2"}, template=PAIR,
         label_words=NO_YES, label_names=("not entailment", "entailment"),
-        sample=rte_sample,
+        sample=rte_sample, kind=kind_of_sentence,
     ),
 }
 

@@ -29,6 +29,7 @@ import math
 import os
 import re
 import signal
+import statistics
 import sys
 import textwrap
 import time
@@ -101,7 +102,7 @@ class Config:
     method: str = "lopa"                 # one of lopa.py's METHODS; lora and full change the model itself
     model: str = "tiny"                  # frozen: tiny; gpt2, gpt2-medium, ..., downloaded; or its folder
     encoder: str | None = None           # another model for the instance embedding h (default: the same)
-    encoder_blocks: int | None = None    # h is read after so many blocks (default: half), 0: bag of words
+    encoder_blocks: int | None = None    # h is read after so many, 0: bag of words (default: half; tiny: 0)
     data: str | None = None              # folder of GLUE files instead of the built-in sample
     max_train: int | None = None         # how many random training rows to use (default: all)
     # How to train it
@@ -136,6 +137,8 @@ class Config:
             check_option(f.name, getattr(self, f.name), get_args(f.type) or (f.type,))
         tiny = self.model == "tiny"
         self.encoder = self.encoder or self.model
+        if self.encoder_blocks is None and self.encoder == "tiny":
+            self.encoder_blocks = 0
         for name in (self.model, self.encoder):
             if name not in ("tiny", *data.GPT2_MODELS) and not Path(name).is_dir():
                 raise ValueError(f"there is no model {short(name)}: name tiny, {', '.join(data.GPT2_MODELS)} "
@@ -448,6 +451,13 @@ def accuracy(probabilities: Tensor, labels: Tensor) -> float:
     return (probabilities.argmax(dim=-1).cpu() == labels.cpu()).float().mean().item()
 
 
+def accuracy_by_kind(problem: "Problem", probabilities: Tensor) -> dict[str, float]:
+    """Accuracy of the sample's dev rows, (N, labels), for each kind of sentence by itself."""
+    right = (probabilities.argmax(dim=-1) == problem.test.labels).tolist()
+    return {kind: statistics.fmean(r for r, k in zip(right, problem.kinds) if k == kind)
+            for kind in sorted(set(problem.kinds), key=len)}
+
+
 def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor) -> Tensor:
     """Scores (N, labels) of ridge regression on h: what the instance embedding tells without the GPT."""
     def with_bias(h: Tensor) -> Tensor:                                # on the CPU: Apple GPUs lack float64
@@ -503,6 +513,7 @@ class Problem:
     fingerprint: str = ""                # of all frozen weights that an adapter depends on
     data_sha256: str = ""                # of the encoded texts and labels
     pretrain_seconds: float = 0.0
+    kinds: Sequence[str] = ()            # of the sample's dev sentences
 
     @property
     def test_name(self) -> str:
@@ -525,7 +536,8 @@ class Problem:
         held = torch.zeros(N, dtype=torch.bool)
         held[by_label[torch.arange(count) * N // count]] = True        # evenly spaced among the sorted labels
         held = held.to(self.train.labels.device)
-        return replace(self, train=self.train[~held], tests={"held-out training rows": self.train[held]})
+        return replace(self, train=self.train[~held], tests={"held-out training rows": self.train[held]},
+                       kinds=())
 
     def controlled(self, control: str | None, seed: int = 0) -> "Problem":
         """The problem with something taken away from every text, in training and in scoring.
@@ -596,8 +608,9 @@ def prepare(config: Config) -> Problem:
     if config.control == "blind" and not len(ending):
         raise ValueError(f"--control blind: task {config.task} has nothing after its text: end its template "
                          "with a word")
+    sample = config.data is None and config.model == "tiny" and task.kind
     problem = Problem(gpt, encoder, label_ids, train, tests, ending, source, frozen, sha256.hexdigest()[:12],
-                      pretrain_seconds)
+                      pretrain_seconds, [task.kind(texts) for texts, _ in dev_rows["dev"]] if sample else ())
     if config.holdout:
         problem = problem.hold_out(config.holdout)
     return problem.controlled(config.control, config.seed)
@@ -699,7 +712,7 @@ def all_that_decides(config: Config, problem: Problem) -> dict:
 def saved(config: Config, model: Adapted, problem: Problem) -> dict:
     """What an adapter and a checkpoint both hold: the trained tensors, and all that they depend on."""
     return dict(format=FORMAT, config=config.deciding(), depends_on=all_that_decides(config, problem),
-                task=asdict(data.TASKS[config.task]) | {"sample": None},
+                task=asdict(data.TASKS[config.task]) | {"sample": None, "kind": None},
                 instance_mean=problem.encoder.mean.cpu(), instance_std=problem.encoder.std.cpu(),
                 tensors={name: tensor.detach().cpu() for name, tensor in model.trained().items()})
 
@@ -916,6 +929,10 @@ def run(config: Config, resume: bool = False) -> dict:
             result["accuracy" + suffix] = accuracy(scores, test.labels)
             if "f1" in data.TASKS[config.task].metrics:
                 result["f1" + suffix] = data.f1(scores.argmax(dim=-1), test.labels)
+        if problem.kinds:
+            result["accuracy_by_kind"] = by_kind = accuracy_by_kind(problem, predict(model, problem.test))
+            config.say(f"accuracy on {problem.test_name} by kind of sentence: "
+                       + ", ".join(f"{kind} {score:.3f}" for kind, score in by_kind.items()))
         result["train_seconds"] = metrics[-1]["seconds"]
         if is_first_process():
             data.save_file(folder / "adapter.pt", saved(config, model, problem))
@@ -942,8 +959,8 @@ def describe(config: Config, problem: Problem, model: Adapted, depends_on: dict)
                + ("the model itself" if config.encoder == config.model else config.encoder)
                + (", a copy, trained and counted too" if config.tune_encoder else ", frozen"))
     config.say(f"before training, accuracy on {problem.test_name}: majority class {before['majority']:.3f}, "
-               f"zero-shot {before['zero_shot']:.3f}, probes on h alone: linear {before['linear_probe']:.3f}, "
-               f"with a hidden layer {before['hidden_layer_probe']:.3f}")
+               f"zero-shot {before['zero_shot']:.3f}, on h alone a linear probe {before['linear_probe']:.3f}, "
+               f"one with a hidden layer {before['hidden_layer_probe']:.3f}")
     return about | before | dict(trainable_parameters=trainable, total_parameters=total, device=config.device,
                                  torch=torch.__version__, pretrain_seconds=problem.pretrain_seconds)
 

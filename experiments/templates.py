@@ -1,0 +1,46 @@
+"""Zero-shot accuracy of some templates and label words on training rows, to choose one before any dev row is seen.
+
+    python -m experiments.templates FOLDER --data DIR [--rows 500] [--dtype bfloat16]
+"""
+
+import argparse
+from dataclasses import replace
+
+import torch
+
+import data
+import train
+from experiments import any_model
+
+TEMPLATES = {"sst2": [("{sentence} . It was", " terrible", " great"),
+                      ("{sentence} . All in all , the film is", " bad", " good"),
+                      ("Review: {sentence}\nSentiment:", " negative", " positive")],
+             "rte": [("{a} ? {b} . Answer:", " No", " Yes"),
+                     ("{a}\nQuestion: {b} True or False?\nAnswer:", " False", " True"),
+                     ("Premise: {a}\nHypothesis: {b}\nDoes the premise entail the hypothesis?", " No", " Yes")]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--rows", type=int, default=500)
+    parser.add_argument("--dtype", default="bfloat16")
+    args = parser.parse_args()
+    print("| task | template | label words | accuracy on training rows |\n| --- | --- | --- | --- |")
+    for name, templates in TEMPLATES.items():
+        config = train.Config(task=name, model=args.folder, dtype=args.dtype)
+        gpt, tokenizer, _ = any_model.load_model(args.folder, config)
+        rows, _, _ = data.load_task(name, args.data, args.rows)
+        for template, *words in templates:
+            task = replace(data.TASKS[name], template=template,
+                           label_words=dict(zip(data.TASKS[name].label_words, words)))
+            model = train.Adapted(None, gpt, None, data.label_tokens(task, tokenizer))
+            split = data.encode(task, rows, tokenizer, max_length=512)
+            split = replace(split, instances=torch.zeros(len(split), 1))
+            score = train.accuracy(train.predict(model, split), split.labels)
+            print(f"| {name} | `{template!r}` | {', '.join(words)} | {score:.3f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
