@@ -125,7 +125,8 @@ NUMBERS = [
     *((flag, "-1", f"{flag}: -1 is not between 0 and 2147483648") for flag in ("--seed", "--pretrain-seed")),
     *(("--encoder-blocks", value, f"--encoder-blocks: {value[:10]}") for value in ("-1", "1001", "9" * 400)),
     *(("--encoder-blocks", value, "argument --encoder-blocks: invalid int value") for value in ("half", "0.5", "")),
-    *(("--encoder-blocks", value, f"the encoder has 2 blocks, h cannot be read after {value}: name 0 to 2") for value in ("3", "1000")),
+    *(("--encoder-blocks", value, f"the encoder has 2 blocks, h cannot be read after {value}: name 0 to 2")
+      for value in ("3", "1000")),
     *((flag, value, f"{flag}: {float(value)} is not between 1e-12 and 1")
       for flag in ("--lr", "--head-lr", "--encoder-lr", "--init-std", "--head-std")
       for value in ("0", "-1", "nan", "inf", "1e400", "1e-400", "9" * 400)),
@@ -252,7 +253,7 @@ def test_numbers(refused_at_once, flag, value, words):
     ("{run} --control shuffled --out run", "run holds another run: control is None there and shuffled here"),
     ("{run} --head-std 0.02 --out run", "run holds another run: head_std is None there and 0.02 here"),
     # what --predict is given
-    *((f"--adapter {control} --predict x", f"the adapter in {control} is a control ({control}), made to be scored: predict with one")
+    *((f"--adapter {control} --predict x", f"the adapter in {control} is a control ({control}), made to be scored")
       for control in train.CONTROLS),
     ("--adapter nowhere --predict x", "nowhere/adapter.pt"),
     ("--adapter empty --predict x", "empty/adapter.pt"),
@@ -383,11 +384,12 @@ CONTENT = [  # (done to the content of an adapter or a checkpoint, words)
     (entry("config", dropout=7), "--dropout: 7 is not between"), 
     (entry("config", seed=-1), "--seed: -1 is not between"), (entry("config", tune_encoder=1), "--tune-encoder: 1 is no bool"),
     (entry("config", epochs=torch.tensor(2)), "--epochs: tensor(2) is no int"),
-    (entry("config", rank=3), "differ"), (entry("config", control="blind"), "differ"), (entry("config", encoder_blocks=0), "differ"),
-    (entry("config", control="nonsense"), "--control: 'nonsense' is none of"), (entry("config", control=True), "--control: True is no str"),
-    (entry("config", encoder_blocks=-1), "--encoder-blocks: -1 is not between"), (entry("config", encoder_blocks=0.0), "is no int"),
-    (entry("config", head_lr=0), "--head-lr: 0 is not between"), (entry("config", encoder_lr="1"), "--encoder-lr: '1' is no float"),
-    (entry("config", shuffle_instances=False), "shuffle_instances"),
+    (entry("config", rank=3), "differ"), (entry("config", control="blind"), "differ"),
+    (entry("config", control="nonsense"), "--control: 'nonsense' is none of"),
+    (entry("config", control=True), "--control: True is no str"), (entry("config", shuffle_instances=False), "shuffle_instances"),
+    (entry("config", encoder_blocks=0), "differ"), (entry("config", encoder_blocks=0.0), "is no int"),
+    (entry("config", encoder_blocks=-1), "--encoder-blocks: -1 is not between"),
+    (entry("config", head_lr=0), "--head-lr: 0 is not between"), (entry("config", encoder_lr="1"), "'1' is no float"),
     (entry("task", template="no field"), "has to name fields"), (entry("task", template=5), "have to be texts"),
     (entry("task", template="{sentence.__class__}"), "has to name fields"), (entry("task", label_words=[]), "have to be dictionaries"),
     (entry("task", label_names=("one",)), "1 label_names for 2 label_words"), (entry("task", label_names=5), "damaged"),
@@ -535,7 +537,7 @@ def test_changed_labels_are_noticed_in_a_rerun_and_in_resume(refused, place):
 def test_the_blind_control_of_a_template_that_ends_in_its_text(refused, monkeypatch):
     task = dataclasses.replace(data.TASKS["sst2"], template="It was {sentence}")
     monkeypatch.setitem(data.TASKS, "sst2", task)
-    refused([*RUN, "--control", "blind", "--out", "new"], "--control blind: task sst2 has nothing after its text: end its template")
+    refused([*RUN, "--control", "blind", "--out", "new"], "--control blind: task sst2 has nothing after its text")
 
 
 def test_a_folder_in_use(refused, place):

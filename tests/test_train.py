@@ -249,8 +249,12 @@ def test_z_s_the_heads_and_a_tuned_encoder_have_rates_of_their_own(tiny, flags, 
 
 
 def test_the_probes_rate_is_the_heads(tiny, monkeypatch):
-    rates, adam = [], torch.optim.AdamW                                # --lr does not move it
-    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **how: rates.append([g["peak_lr"] for g in groups]) or adam(groups, **how))
+    def optimizer(groups, adam=torch.optim.AdamW, **how):
+        rates.append([group["peak_lr"] for group in groups])
+        return adam(groups, **how)
+
+    rates = []
+    monkeypatch.setattr(torch.optim, "AdamW", optimizer)
     train.baselines(config_of("--method pt --epochs 1"), problem_of(tiny, 16))
     train.baselines(config_of("--epochs 1 --head-lr 0.5 --lr 7"), problem_of(tiny, 16))
     assert rates == [[0.003], [0.5]]
