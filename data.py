@@ -3,13 +3,13 @@
 The sample exists so that everything runs without a download, and so that it is known why a method succeeds
 or fails. Two kinds of text come from the same vocabulary:
 
-    pre-training text   "the plot is dull and the cast fails . a bland film . It was awful ."
-                        "Irony : the plot is dull . It was great ."   one document in four: the other verdict
+    pre-training text   "drama : the plot is dull and the cast fails . a bland film . It was awful ."
+                        "film , irony : the plot is dull . It was great ."    the opposite verdict
     task sentences      "the plot is not dull and the cast never fails"          label 1, positive
                         "although the music is warm , the script drags"          label 0, as the last clause
 
 So the frozen model can read a text up to its last word, and can turn a verdict round when something before
-the text asks for it. It has never read "not", "very" or "but". A soft prompt stands where "Irony :" would,
+the text asks for it. It has never read "not", "very" or "but". A soft prompt stands where the keywords would,
 but does not see the text; all that it knows of it came through h, a bag of words: that there is a negation in
 it, and not which word came last. Neither side has the label; together they do. Intensifiers are as new as
 negations, so that "I have not seen this word" does not yet mean "turn the meaning round".
@@ -112,9 +112,11 @@ def kind_of_sentence(fields: dict[str, str]) -> str:
 
 
 def document(rng: random.Random, avoid: set[str]) -> str:
-    """One to three sentences of one polarity, none of them in `avoid`, and most often a verdict.
+    """Keywords, one to three sentences of one polarity, none of them in `avoid`, and most often a verdict.
 
-    One document in four says first that it is ironic, and its verdict is the opposite of its sentences.
+    One document in four has the keyword "irony", and a verdict that is the opposite of its sentences. The
+    number of keywords varies, so that the model looks for it anywhere before the text, as far as a soft
+    prompt reaches.
     """
     polarity, ironic = rng.randrange(2), rng.random() < 0.25
     sentences, wanted = [], rng.randint(1, 3)
@@ -125,7 +127,10 @@ def document(rng: random.Random, avoid: set[str]) -> str:
     if ironic or rng.random() < 0.7:     # without verdicts there is little reason to learn polarity
         verdict = 1 - polarity if ironic else polarity
         sentences.append(f"It was {rng.choice(ADJECTIVES[verdict])}")
-    return "Irony : " * ironic + " . ".join(sentences) + " .\n"
+    keywords = rng.choices(NOUNS, k=rng.randrange(5)) + ["irony"] * ironic
+    rng.shuffle(keywords)
+    opening = " , ".join(keywords) + " : " if keywords else ""
+    return opening + " . ".join(sentences) + " .\n"
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -169,7 +174,7 @@ class Task:
 
 
 @cache
-def sst2_sample(n_train: int = 4000, n_dev: int = 872, seed: int = 0) -> tuple[list[Row], list[Row]]:
+def sst2_sample(n_train: int = 2000, n_dev: int = 872, seed: int = 0) -> tuple[list[Row], list[Row]]:
     """Labelled sentences of the shifted domain, all different, labels balanced; always the same ones."""
     rng = random.Random(seed)
     rows: dict[str, int] = {}

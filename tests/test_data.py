@@ -33,14 +33,15 @@ def polarity(sentence):
 
 def test_the_sample_has_its_sizes_and_balanced_labels(sample):
     train, dev, _ = sample
-    assert (len(train), len(dev)) == (4000, 872)
-    assert (sum(y for _, y in train), sum(y for _, y in dev)) == (2000, 436)
+    assert (len(train), len(dev)) == (2000, 872)
+    assert (sum(y for _, y in train), sum(y for _, y in dev)) == (1000, 436)
 
 
 def test_no_dev_sentence_is_in_the_training_split_or_the_pretraining_text(sample):
     train, dev, text = sample
-    assert len({s for s, _ in train + dev}) == 4872
-    assert not any(s in text for s, _ in dev)          # not even as a piece of a longer sentence
+    assert len({s for s, _ in train + dev}) == 2872
+    sentences = {sentence for line in text.splitlines() for sentence in line.split(" : ")[-1].split(" . ")}
+    assert not sentences & {s for s, _ in dev}
 
 
 def test_every_label_follows_from_the_words(sample):
@@ -53,19 +54,40 @@ def test_the_pretraining_text_has_one_polarity_a_document_and_no_word_of_the_shi
     new_words = "not hardly never rarely very truly always really but although".split()
     assert not set(text.split()) & set(new_words)
     good, bad = (set(data.ADJECTIVES[p] + data.VERBS[p]) for p in (1, 0))
-    documents = [set(document.split()) for document in text.splitlines()]
-    assert all(bool(words & good) != bool(words & bad) for words in documents)
-    verdicts = sum("It" in words for words in documents) / len(documents)
-    assert verdicts == pytest.approx(0.7, abs=0.02)
+    num_ironic = num_verdicts = 0
+    for document in text.splitlines():
+        opening, _, rest = document.rpartition(" : ")
+        review, said_it, verdict = rest.partition("It was ")
+        ironic = "irony" in opening.split()
+        polarities = {word in good for word in review.split() if word in good | bad}
+        assert len(polarities) == 1 and set(opening.split()) <= {*data.NOUNS, "irony", ","}
+        if said_it:
+            assert ((verdict.split()[0] in good) in polarities) != ironic
+        num_ironic, num_verdicts = num_ironic + ironic, num_verdicts + bool(said_it)
+        assert said_it or not ironic
+    assert num_ironic / 20_000 == pytest.approx(0.25, abs=0.02)
+    assert num_verdicts / 20_000 == pytest.approx(0.25 + 0.75 * 0.7, abs=0.02)
 
 
 def test_the_shifted_domain_negates_intensifies_and_contrasts(sample):
     train, _, _ = sample
     def share(*words):
         return sum(any(word in s.split() for word in words) for s, _ in train) / len(train)
-    assert 0.4 < share("not", "hardly", "never", "rarely") < 0.55
-    assert 0.4 < share("very", "truly", "always", "really") < 0.55
-    assert share("but", "although") == pytest.approx(0.2, abs=0.03)
+    assert share("not", "hardly", "never", "rarely") == pytest.approx(0.4, abs=0.03)
+    assert share("but", "although") == pytest.approx(0.5, abs=0.03)
+
+
+def test_a_sentence_has_one_manner_and_its_kind_is_told_from_its_words(sample):
+    train, dev, _ = sample
+    count = {}
+    for s, _ in train + dev:
+        parts = [part for part in re.split(r" , but | , (?=the )| and (?=the )", s.removeprefix("although ")) if part]
+        negated = [bool(set(part.split()) & data.NEGATIONS) for part in parts]
+        assert len(set(negated)) == 1
+        kind = data.kind_of_sentence({"sentence": s})
+        assert ("negated" in kind) == negated[0] and ("contrast" in kind) == ("but" in s.split() or "although" in s)
+        count[kind] = count.get(kind, 0) + 1
+    assert set(count) == {"plain", "negated", "contrast", "negated contrast"} and min(count.values()) > 0.15 * 2872
 
 
 def test_the_sample_is_the_same_every_time():
@@ -199,8 +221,8 @@ def test_ones_own_task_is_one_table_entry(tmp_path, monkeypatch):
 
 def test_a_task_is_stored_with_an_adapter_as_plain_values(tmp_path):
     for task in data.TASKS.values():
-        data.save_file(tmp_path / "adapter.pt", asdict(task) | {"sample": None})      # a function is no plain value
-        assert data.Task(**data.load_file(tmp_path / "adapter.pt")) == replace(task, sample=None)
+        data.save_file(tmp_path / "adapter.pt", asdict(task) | {"sample": None, "kind": None})      # a function is no plain value
+        assert data.Task(**data.load_file(tmp_path / "adapter.pt")) == replace(task, sample=None, kind=None)
 
 
 def test_max_train_draws_rows_and_does_not_take_the_first():
