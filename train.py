@@ -466,6 +466,7 @@ def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor) -> Tensor:
     X, Y = with_bias(train), F.one_hot(train_labels.cpu()).double()
     # As strong as the data: with many features and few rows a weak one would fit noise.
     ridge = len(X) * torch.eye(X.shape[1], dtype=X.dtype)
+    ridge[-1, -1] = 0                                                  # of the bias
     return with_bias(test) @ torch.linalg.solve(X.T @ X + ridge, X.T @ Y)
 
 

@@ -42,7 +42,7 @@ def run_folder(runs: Path, method: str) -> Path:
 def accuracy_against_parameters(folder: Path) -> Figure:
     by_method = {}
     for run in lines_of(folder / "sst2-compare-tiny" / "runs.jsonl")[1:]:
-        if run["stage"] == "seed":
+        if run["stage"] == "seed" and not run["control"]:
             by_method.setdefault(run["method"], []).append(run)
     figure, axes = plt.subplots(figsize=(7, 4))
     for method, runs in by_method.items():
