@@ -61,9 +61,10 @@ from data import short
 from lopa import FUSIONS, METHODS, Head, add_lora, get_nb_trainable_parameters
 from model import GPT, PRETRAINING, InstanceEncoder, cosine_factor, pretrain, tiny_config
 
-# Peak learning rates of each method on the tiny GPT and on a real model, chosen on held-out training rows of
-# the sample and of SST-2 with SmolLM2-135M: experiments/README.md.
-LEARNING_RATES = {"lopa": (3e-2, 3e-2), "idpg": (3e-2, 3e-2), "pt": (3e-1, 3e-2), "dpt": (3e-2, 1e-2),
+# Peak learning rates of each method on the tiny GPT and on a real model. The former were chosen on held-out
+# training rows of the sample; those of lopa, idpg and pt on a real model too, with SmolLM2-135M and SST-2
+# (experiments/README.md). The other rates of real models are starting points that nobody has tried here.
+LEARNING_RATES = {"lopa": (3e-2, 3e-2), "idpg": (3e-2, 3e-2), "pt": (3e-2, 3e-2), "dpt": (3e-2, 1e-2),
                   "bpt": (1e-2, 1e-2), "residual": (1e-2, 1e-3), "dept": (3e-2, 1e-2), "adept": (1e-2, 3e-3),
                   "lora": (3e-3, 1e-3), "full": (1e-3, 3e-5)}
 HEAD_LEARNING_RATES = (3e-3, 1e-3)       # of LoPA's and IDPG's heads
@@ -79,10 +80,10 @@ CONTROLS = ("shuffled", "constant", "blind")
 CHOICES = {"task": data.TASKS, "method": LEARNING_RATES, "fusion": FUSIONS, "dtype": ("float32", "bfloat16"),
            "device": ("auto", "cpu", "cuda", "mps"), "control": CONTROLS}
 LIMITS = {"seed": (0, 2 ** 31), "pretrain_seed": (0, 2 ** 31), "epochs": (1, 10 ** 6), "rank": (1, 1000),
-          "encoder_blocks": (0, 1000),
-          "hidden_dim": (1, 10 ** 4), "num_virtual_tokens": (1, 10 ** 5), "lr": (1e-12, 1e30),
-          "head_lr": (1e-12, 1e30), "encoder_lr": (1e-12, 1e30), "init_std": (1e-12, 1e3),
-          "head_std": (1e-12, 1e3), "dropout": (0, 0.99)}              # the other numbers: 1 to a billion
+          "encoder_blocks": (0, 1000), "hidden_dim": (1, 10 ** 4), "num_virtual_tokens": (1, 10 ** 5),
+          "lr": (1e-12, 1e30), "head_lr": (1e-12, 1e30), "encoder_lr": (1e-12, 1e30),
+          "init_std": (1e-12, 1e3), "head_std": (1e-12, 1e3), "dropout": (0, 0.99)}
+# The other numbers: 1 to a billion.
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. What a run is
@@ -960,8 +961,8 @@ def describe(config: Config, problem: Problem, model: Adapted, depends_on: dict)
                + ("the model itself" if config.encoder == config.model else config.encoder)
                + (", a copy, trained and counted too" if config.tune_encoder else ", frozen"))
     config.say(f"before training, accuracy on {problem.test_name}: majority class {before['majority']:.3f}, "
-               f"zero-shot {before['zero_shot']:.3f}, on h alone a linear probe {before['linear_probe']:.3f}, "
-               f"one with a hidden layer {before['hidden_layer_probe']:.3f}")
+               f"zero-shot {before['zero_shot']:.3f}; on h alone a linear probe "
+               f"{before['linear_probe']:.3f}, one with a hidden layer {before['hidden_layer_probe']:.3f}")
     return about | before | dict(trainable_parameters=trainable, total_parameters=total, device=config.device,
                                  torch=torch.__version__, pretrain_seconds=problem.pretrain_seconds)
 

@@ -44,8 +44,7 @@ ABLATIONS = {
     "concat instead of the gate": dict(fusion="concat"), "add instead of the gate": dict(fusion="add"),
     "max instead of the gate": dict(fusion="max"), "the encoder tuned too": dict(tune_encoder=True),
     "heads that start as released": dict(head_std=0.02), "a start of N(0, 1) as released": dict(init_std=1.0),
-    "h after 0 blocks": dict(encoder_blocks=0), "h after 1 block": dict(encoder_blocks=1),
-    "h after 2 blocks": dict(encoder_blocks=2)}
+    "h after 1 block": dict(encoder_blocks=1), "h after 2 blocks": dict(encoder_blocks=2)}
 
 FACTORS = (1, 1 / 3, 3)                  # of train.py's learning rates, to try; of equals the first wins
 
@@ -70,10 +69,14 @@ def study(args: argparse.Namespace) -> str:
     base = train.Config(**given)
     configs = {name: train.Config(**given | change) for name, change in changes.items()}
     longest = max(c.num_virtual_tokens * (2 if c.fusion == "concat" else 1) for c in configs.values())
-    problem = train.prepare(replace(base, num_virtual_tokens=longest, fusion="gate"))  # one room for all
+    problems = {}                        # one for each place where h is read, with one room for all texts
+    for blocks in [base.encoder_blocks, *(config.encoder_blocks for config in configs.values())]:
+        if blocks not in problems:
+            problems[blocks] = train.prepare(replace(base, num_virtual_tokens=longest, encoder_blocks=blocks,
+                                                     fusion="gate", quiet=bool(problems) or base.quiet))
+    problem = problems[base.encoder_blocks]
     if (num_rows := len(problem.train)) < 5:
         raise ValueError(f"{num_rows} training rows are too few to hold out a fifth of them: 5 at least")
-    held_out = problem.hold_out(num_rows // 5)
     about = dict(study="ablate" if args.ablate else "compare", **base.deciding()) | dict(
         data=problem.source, fingerprint=problem.fingerprint, data_sha256=problem.data_sha256)
     path = default_folder(base, about["study"]) / "runs.jsonl"
@@ -97,7 +100,7 @@ def study(args: argparse.Namespace) -> str:
             last = dict(accuracy=0.0, seconds=0.0, diverged=str(error).partition(":")[0])
         trainable, _ = get_nb_trainable_parameters(model)
         add(dict(row=row) | wanted | last | dict(trainable_parameters=trainable))
-        say(f"  {stage} {len(lines) - 1}: {row}, lr {lr:g}, seed {seed}, accuracy {last['accuracy']:.3f}, "
+        say(f"  {stage} {len(lines) - 2}: {row}, lr {lr:g}, seed {seed}, accuracy {last['accuracy']:.3f}, "
             + last.get("diverged", f"{last['seconds']:.1f} s"))
         return lines[-1]
 
@@ -111,9 +114,11 @@ def study(args: argparse.Namespace) -> str:
     for name, config in configs.items():
         tried = replace(config, control=None)                          # a control has LoPA's rates
         row = config.method if config.control else name
+        whole = problems[config.encoder_blocks]
+        held_out = whole.hold_out(num_rows // 5)
         best = max(FACTORS, key=lambda f: finished(row, "trial", held_out, tried, f, seed=0)["accuracy"])
         for seed in args.seeds:
-            finished(name, "seed", problem, config, best, seed)
+            finished(name, "seed", whole, config, best, seed)
     with data.whole(path.with_name("table.md"), "the table") as file:
         file.write(table(path).encode())
     say(f"\n{args.task}, {problem.source}, {len(args.seeds)} seeds; wrote {path} and table.md:\n")
@@ -128,8 +133,8 @@ def table(path: Path) -> str:
     for name in dict.fromkeys(line["row"] for line in lines if line["stage"] == "seed"):
         runs = [line for line in lines if line["stage"] == "seed" and line["row"] == name]
         rates = f"{runs[0]['lr']:g}" + f", {runs[0]['head_lr']:g}" * (runs[0]["method"] in ("lopa", "idpg"))
-        rows.append([name, TRAINED.get(name, ""), f"{runs[0]['trainable_parameters']:,}", summary(runs), rates,
-                     f"{statistics.mean(run['seconds'] for run in runs):.1f}"])
+        rows.append([name, TRAINED.get(name, ""), f"{runs[0]['trainable_parameters']:,}", summary(runs),
+                     rates, f"{statistics.mean(run['seconds'] for run in runs):.1f}"])
     header = ["LoPA" if ablate else "method", "what is trained; it lives with", "trainable",
               f"{before['scored_on']} accuracy", "learning rate", "seconds"]
     if not ablate:

@@ -122,9 +122,9 @@ def test_a_learning_rate_that_diverges_scores_0_is_said_and_is_not_tried_again(t
     flags = [*QUICK, "--methods", "pt", "--seeds", "0", "--out", str(tmp_path)]
     compare.main(flags)
     assert [line for line in capsys.readouterr().out.splitlines() if "trial 1" in line] == [
-        "  trial 1: pt, lr 1e+20, seed 0, accuracy 0.000, " + runs_in(tmp_path)[0]["diverged"]]
+        "  trial 1: pt, lr 3e+19, seed 0, accuracy 0.000, " + runs_in(tmp_path)[0]["diverged"]]
     assert "not finite" in runs_in(tmp_path)[0]["diverged"] or "loss is" in runs_in(tmp_path)[0]["diverged"]
-    assert runs_in(tmp_path)[-1]["lr"] == 0.3
+    assert runs_in(tmp_path)[-1]["lr"] == 0.03
     del fitted[:]
     compare.main(flags)
     assert not fitted
@@ -139,15 +139,31 @@ def test_every_ablation_reads_the_same_texts_with_room_for_the_longest_prompt(ti
     monkeypatch.setattr(train, "fit", lambda config, model, problem: fits.append((config, model, problem))
                         or [dict(epoch=1, loss=1.0, accuracy=0.5, seconds=1.0)])
     compare.main([*QUICK, "--ablate", "--seeds", "0,1", "--out", str(tmp_path / "ten")])
-    assert [train.text_room(config, tiny[0], InstanceEncoder(tiny[0])) for config in prepared] == [128 - 25]
+    assert [config.encoder_blocks for config in prepared] == [0, 1, 2]
+    assert {train.text_room(config, tiny[0], InstanceEncoder(tiny[0])) for config in prepared} == {128 - 25}
     table = (tmp_path / "ten" / "table.md").read_text().splitlines()
     assert [row.split(" | ")[0].strip("| ") for row in table[2:]] == list(compare.ABLATIONS)
-    assert table[2] == "| as it is | 28,200 | 0.500 ± 0.000 | 0.001 | 1.0 |"
+    fits = [fit for fit in fits if isinstance(fit[1], train.Adapted)]  # without the probe
     assert len(fits) == len(compare.ABLATIONS) * 5
-    *_, (config, _, one), (_, _, other) = fits                          # of the last row: shuffled by seed
-    assert config.control == "shuffled" and not torch.equal(one.train.instances, other.train.instances)
-    sorted_h = [p.train.instances.sort(dim=0).values for p in (one, fits[3][2])]
-    assert torch.equal(*sorted_h) and fits[3][0].control is None
+    for config, _, problem in fits:                                    # h is read where the row says
+        assert problem.encoder.num_blocks == config.encoder_blocks
+
+
+def test_a_control_is_lopas_run_with_something_taken_away_seed_by_seed(tiny, tmp_path, fitted):
+    compare.main([*QUICK, "--methods", "lopa,lopa-shuffled,lopa-blind", "--seeds", "0,1", "--out", str(tmp_path)])
+    own, (_, one), (_, other), (_, blind), _ = fitted[3], *fitted[5:]
+    assert [config.control for config, _ in fitted] == [None] * 5 + ["shuffled"] * 2 + ["blind"] * 2
+    assert not torch.equal(one.train.instances, other.train.instances)                 # by the seed
+    sorted_h = [problem.train.instances.sort(dim=0).values for problem in (one, own[1])]
+    assert torch.equal(*sorted_h) and blind.train.tokens.shape[1] < own[1].train.tokens.shape[1]
+    assert len({run["lr"] for run in runs_in(tmp_path) if run["stage"] == "seed"}) == 1
+
+
+def test_h_elsewhere_and_longer_prompts_are_prepared_for(tiny, tmp_path, monkeypatch):
+    prepared = []
+    monkeypatch.setattr(train, "prepare", lambda config, prepare=train.prepare: prepared.append(config)
+                        or prepare(config))
+    monkeypatch.setattr(train, "fit", lambda *_: [dict(epoch=1, loss=1.0, accuracy=0.5, seconds=1.0)])
     longer = ["--num-virtual-tokens", "15", "--seeds", "0", "--out", str(tmp_path / "fifteen")]
     compare.main([*QUICK, "--ablate", *longer])
     assert prepared[-1].num_virtual_tokens == 30                       # concat is twice as long
