@@ -105,8 +105,9 @@ class Head(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.down_proj = nn.Linear(instance_dim, hidden_dim)     # W_1: (H, d_h)
         self.up_proj = nn.Linear(hidden_dim, out_features)       # W_2: (out, H)
-        nn.init.normal_(self.down_proj.weight, std=init_std or 1 / math.sqrt(instance_dim))
-        nn.init.normal_(self.up_proj.weight, std=init_std or 1 / math.sqrt(hidden_dim))
+        for linear in (self.down_proj, self.up_proj):
+            std = 1 / math.sqrt(linear.in_features) if init_std is None else init_std
+            nn.init.normal_(linear.weight, std=std)
         nn.init.zeros_(self.up_proj.bias)
 
     def forward(self, instance: Tensor) -> Tensor:
@@ -123,8 +124,8 @@ class LoPA(SoftPrompt):
     against IDPG's d (H + 1).
 
     The start: U = 0, as one of LoRA's factors, so that Z_I = 0 and every gate is 1/2. A random U and V give
-    every input a random gate, which is noise that training has to undo; on a real language model and few
-    labels it never does. With head_std=0.02 both heads start as released, and the gate near 1/2.
+    every input a random gate, noise that training has to undo (measured on a real language model:
+    experiments/README.md). With head_std=0.02 both heads start as released, and the gate near 1/2.
 
     fusion: how Z_S and Z_I = U V^T meet. "gate" is LoPA; the others are the released code's ablations,
     without the sigmoid: "add" Z_S + Z_I, "max" elementwise, "concat" [Z_S ; Z_I], which is 2 m tokens long.

@@ -746,6 +746,7 @@ def load_state(path: Path) -> dict:
         json.dumps(there)                                              # TypeError: not all are plain values
         elsewhere = ("data", "fingerprint", "data_sha256", "model", "encoder")      # may be gone by now
         config = Config(**state["config"] | here).deciding()
+        config["encoder_blocks"] = state["config"]["encoder_blocks"]   # None is 0 for tiny alone
         if there != config | {name: there[name] for name in elsewhere}:
             raise ValueError("config and depends_on differ")
         if "step" in state:

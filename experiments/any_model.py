@@ -56,7 +56,10 @@ class AnyModel(nn.Module):
         return self.language_model.get_input_embeddings()(tokens)
 
     def hidden(self, inputs_embeds: Tensor, num_blocks: int | None = None) -> Tensor:
-        """Embedded input (B, T, d) -> last hidden states (B, T, d), or those after `num_blocks` blocks."""
+        """Embedded input (B, T, d) -> last hidden states (B, T, d), or those after `num_blocks` blocks.
+
+        Transformers gives those after the last block with the final norm, and model.GPT without it.
+        """
         output = self.language_model.base_model(inputs_embeds=inputs_embeds, use_cache=False,
                                                 output_hidden_states=num_blocks is not None)
         return output.last_hidden_state if num_blocks is None else output.hidden_states[num_blocks]
