@@ -128,7 +128,6 @@ def test_code_blocks_are_short():
 @pytest.mark.parametrize("command", [command for kind, _, code, _ in fences(TUTORIAL) if kind == "sh"
                                      for command in code.splitlines() if not command.startswith(("jupyt", "pip "))])
 def test_every_command_is_one_that_its_program_takes(command, monkeypatch, tmp_path):
-    monkeypatch.setitem(data.TASKS, "reviews", data.TASKS["sst2"])     # the example of a task of one's own
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FOLDER").mkdir()                                      # the example of a folder with a model
     launcher, program, flags = re.fullmatch(
