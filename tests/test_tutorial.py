@@ -6,6 +6,7 @@ import re
 import shlex
 import textwrap
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -16,20 +17,32 @@ from experiments import compare
 
 ROOT = Path(train.__file__).parent
 TUTORIAL = (ROOT / "tutorial.md").read_text()
-KINDS = ("python", "text", "sh", "mermaid", "math")
+KINDS = ("python", "text", "shown python", "sh", "mermaid", "math")
+# Python and commands that are shown and not run are marked as jupytext has it; an output's numbers may have a tolerance.
+OPENING = re.compile(r"```(?:(text) within (\d+(?:\.\d+)?)|(python|sh) \.noeval|(python|text|mermaid|math))")
 QUOTED = "# from lopa.py\n"
+NUMBER = re.compile(r"(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?(?!\w|\.\d)")
 
 
-def fences(text: str) -> list[tuple[str, int, str]]:
-    """(kind, number of the first line inside, content) of every fence; ValueError for one that cannot be read."""
-    found, kind, begun, lines = [], None, 0, []
+class Fence(NamedTuple):
+    kind: str
+    line: int                            # number of the first line inside
+    content: str
+    within: float | None = None          # how far the numbers of an output may be from the page's
+
+
+def fences(text: str) -> list[Fence]:
+    """Every fence of a page; ValueError for one that cannot be read."""
+    found, kind, begun, within, lines = [], None, 0, None, []
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.lstrip(" >\t").startswith(("```", "~~~")):
             lines.append(line)
-        elif kind is None and (opening := re.fullmatch(r"```(\w+)", line)) and opening[1] in KINDS:
-            kind, begun, lines = opening[1], number + 1, []
+        elif kind is None and (opening := OPENING.fullmatch(line)):
+            output, tolerance, shown, plain = opening.groups()
+            kind = output or plain or {"python": "shown python", "sh": "sh"}[shown]
+            begun, within, lines = number + 1, tolerance and float(tolerance), []
         elif kind is not None and line == "```":
-            found.append((kind, begun, "".join(f"{line}\n" for line in lines)))
+            found.append(Fence(kind, begun, "".join(f"{line}\n" for line in lines), within))
             kind = None
         else:
             raise ValueError(f"line {number}: {line!r} neither opens a fence of kind {', '.join(KINDS)} nor closes one")
@@ -38,33 +51,57 @@ def fences(text: str) -> list[tuple[str, int, str]]:
     return found
 
 
-def run(blocks: list[tuple[str, int, str]]) -> None:
+def differences(printed: str, wanted: str, within: float | None) -> list[str]:
+    """What an output has otherwise than the page: its words and spaces exactly, its numbers within a tolerance.
+
+    Without one, everything exactly. A number's digits after the point are part of the format, as a word is.
+    """
+    if within is None:
+        return [] if printed == wanted else [f"printed {printed!r}, the page has {wanted!r}"]
+
+    def form(number: re.Match) -> str:
+        return "#" + "." * ("." in number[0]) + "d" * len(number[0].partition(".")[2])
+
+    if NUMBER.sub(form, printed) != NUMBER.sub(form, wanted):
+        return [f"other words: printed {printed!r}, the page has {wanted!r}"]
+    pairs = zip(NUMBER.findall(printed), NUMBER.findall(wanted))
+    return [f"{ours} is not within {within} of {theirs}" for ours, theirs in pairs
+            if not abs(float(ours.replace(",", "")) - float(theirs.replace(",", ""))) <= within + 1e-9]
+
+
+def run(blocks: list[Fence]) -> None:
     """Execute the python fences in one namespace; AssertionError where the output is not the text fence after it."""
-    namespace = {"__name__": "tutorial"}
-    for i, (kind, line, code) in enumerate(blocks):
-        follower = blocks[i + 1][0] if i + 1 < len(blocks) else None
+    namespace, wrong = {"__name__": "tutorial"}, []
+    for i, (kind, line, code, _) in enumerate(blocks):
+        follower = blocks[i + 1] if i + 1 < len(blocks) else None
         if kind == "text":
-            assert i and blocks[i - 1][0] == "python" and not blocks[i - 1][2].startswith(QUOTED), \
-                f"line {line}: output of nothing"
-        if kind != "python" or code.startswith(QUOTED):
+            assert i and blocks[i - 1].kind == "python", f"line {line}: output of nothing"
+        if kind not in ("python", "shown python") or code.startswith(QUOTED):
+            continue
+        program = compile("\n" * (line - 1) + code, "tutorial.md", "exec")     # so errors name the line
+        if kind == "shown python":
             continue
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
-            exec(compile("\n" * (line - 1) + code, "tutorial.md", "exec"), namespace)     # so errors name the line
-        assert printed.getvalue() == (blocks[i + 1][2] if follower == "text" else ""), f"line {line} prints something else"
+            exec(program, namespace)
+        wanted, within = (follower.content, follower.within) if follower and follower.kind == "text" else ("", None)
+        wrong += [f"line {line}: {problem}" for problem in differences(printed.getvalue(), wanted, within)]
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.slow
 def test_every_block_runs_in_order_and_prints_what_the_page_says(tiny, monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(data, "TASKS", dict(data.TASKS))               # the page adds one
+    for name, task in data.TASKS.items():                              # the page adds one, and takes it out again
+        monkeypatch.setitem(data.TASKS, name, task)
     with torch.random.fork_rng():
         run(fences(TUTORIAL))
 
 
 def test_quoted_source_is_the_files_own():
     source = (ROOT / "lopa.py").read_text().splitlines()
-    quoted = [(line, code) for kind, line, code in fences(TUTORIAL) if kind == "python" and code.startswith(QUOTED)]
+    quoted = [(line, code) for _, line, code, _ in fences(TUTORIAL) if code.startswith(QUOTED)]
+    assert {kind for kind, _, code, _ in fences(TUTORIAL) if code.startswith(QUOTED)} == {"shown python"}
     assert quoted
     for line, code in quoted:
         wanted = textwrap.dedent(code.removeprefix(QUOTED))
@@ -76,28 +113,32 @@ def test_quoted_source_is_the_files_own():
 def test_equation_numbers_are_those_that_the_code_cites():
     tags = [int(n) for n in re.findall(r"\\tag\{(\d+)\}", TUTORIAL)]
     cited = {name: {int(n) for n in re.findall(r"Eqs?\. \((\d+)\)", (ROOT / name).read_text())} for name in ("lopa.py", "model.py")}
-    assert tags == list(range(1, 13))
+    assert sorted(tags) == list(range(1, 13))                          # (3) and (4) stand with the relatives
     assert cited["lopa.py"] | cited["model.py"] == set(tags)
     assert cited["model.py"] == {5}
 
 
 def test_code_blocks_are_short():
     page = TUTORIAL[:TUTORIAL.index("\n## 8.")]                        # the loop and the answers may be longer
-    for kind, line, code in fences(page):
-        if kind == "python" and not code.startswith(QUOTED):
+    for kind, line, code, _ in fences(page):
+        if kind == "python":
             assert len([row for row in code.splitlines() if row.strip()]) <= 10, f"line {line}"
 
 
-@pytest.mark.parametrize("command", [command for kind, _, code in fences(TUTORIAL) if kind == "sh" for command in code.splitlines()])
-def test_every_command_is_one_that_its_program_takes(command, monkeypatch):
-    monkeypatch.setitem(data.TASKS, "weather", data.TASKS["sst2"])     # the example of a task of one's own
-    launcher, program, flags = re.fullmatch(r"(.+) (train\.py|-m experiments\.compare) (.+)", command).groups()
+@pytest.mark.parametrize("command", [command for kind, _, code, _ in fences(TUTORIAL) if kind == "sh"
+                                     for command in code.splitlines() if not command.startswith(("jupyt", "pip "))])
+def test_every_command_is_one_that_its_program_takes(command, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FOLDER").mkdir()                                      # the example of a folder with a model
+    launcher, program, flags = re.fullmatch(
+        r"(.+) (train\.py|-m experiments\.compare|-m experiments\.any_model) (.+)", command).groups()
     if program == "train.py":
         assert launcher in ("python", "torchrun --nproc_per_node=2")
         parse = train.build_parser().parse_args if "--resume" in flags else train.parse_args   # no folder to resume
     else:
         assert launcher == "python"
-        parse = compare.parse_args
+        parse = compare.parse_args if program.endswith("compare") else train.parse_args
+        flags = "--model " * program.endswith("any_model") + flags     # as any_model.main has it
     parse(shlex.split(flags))
 
 
@@ -109,7 +150,8 @@ def test_there_are_at_least_ten_exercises_and_each_has_an_answer():
 
 @pytest.mark.parametrize("page", [
     "```rust\n```\n", "```\nplain\n```\n", "```python\nprint(1)\n", "  ```python\n  ```\n", "```python \n```\n", "~~~python\n~~~\n",
-    "````python\n````\n", "```python\n```python\n```\n",
+    "````python\n````\n", "```python\n```python\n```\n", "```python within 1\n```\n", "```text within\n```\n",
+    "```text within a lot\n```\n", "```sh\n```\n", "```text .noeval\n```\n", "```text about 0.03\n```\n", "```text within 0.03 \n```\n",
 ])
 def test_a_fence_that_cannot_be_read_is_an_error(page):
     with pytest.raises(ValueError, match="line"):
@@ -123,6 +165,38 @@ def test_a_fence_that_cannot_be_read_is_an_error(page):
 def test_a_wrong_output_is_an_error(page):
     with pytest.raises(AssertionError):
         run(fences(page))
+
+
+@pytest.mark.parametrize("page_says", ["LoPA 0.99, of 872\n", "LoPA 0.96, of 872\n", "LoPA 1.02, of 872\n"])
+def test_numbers_may_differ_by_the_tolerance_that_the_fence_states(page_says):
+    run(fences("```python\nprint('LoPA 0.99, of 872')\n```\n```text within 0.03\n" + page_says + "```\n"))
+
+
+@pytest.mark.parametrize("page_says", [
+    "LoPA 0.95, of 872\n", "LoPA 1.03, of 872\n", "LoPA -0.99, of 872\n", "LoPA 0.99, of 873\n", "IDPG 0.99, of 872\n",
+    "LoPA 0.99, of  872\n", "LoPA 0.990, of 872\n", "LoPA 0.99, of 872 rows\n", "LoPA 0.99\n", "LoPA nan, of 872\n",
+    "LoPA 0.99, of 872\n\n", "LoPA1 0.99, of 872\n", "",
+])
+def test_a_number_outside_the_tolerance_and_any_other_word_are_errors(page_says):
+    page = "```python\nprint('LoPA 0.99, of 872')\n```\n```text within 0.03\n" + page_says + "```\n"
+    with pytest.raises(AssertionError, match="line 2"):
+        run(fences(page))
+
+
+@pytest.mark.parametrize("ours, theirs, within, same", [
+    ("1,234", "1,230", 5, True), ("1,234", "1,220", 5, False), ("-0.01", "0.01", 0.03, True), ("x -0.01", "x 0.01", 0.03, True),
+    ("-0.1", "0.1", 0.03, False), ("v2", "v3", 5, False), ("m = 10: 3", "m = 10: 4", 1, True), ("nan", "0.1", 1, False),
+    ("inf", "0.1", 1, False), ("[0.1, 0.2]", "[0.2, 0.1]", 0.05, False), ("[0.1, 0.2]", "[0.12, 0.18]", 0.05, False),
+    ("[0.10, 0.20]", "[0.12, 0.18]", 0.05, True), ("True", "False", 1, False),
+])
+def test_differences(ours, theirs, within, same):
+    assert (differences(ours, theirs, within) == []) is same
+
+
+def test_what_is_marked_as_not_run_is_not_run_but_has_to_be_python():
+    run(fences("```python .noeval\n1 / 0\n```\n"))
+    with pytest.raises(SyntaxError):
+        run(fences("```python .noeval\n1 /\n```\n"))
 
 
 def test_blocks_share_one_namespace():
