@@ -183,7 +183,7 @@ def test_numbers(refused_at_once, flag, value, words):
     ("--task sst2 --method pt --head-lr 1", "--head-lr has no effect with --method pt: leave it out"),
     ("--task sst2 --method pt --head-std 1", "--head-std has no effect with --method pt: leave it out"),
     ("--task sst2 --method pt --encoder-lr 1", "--encoder-lr has no effect with --method pt: leave it out"),
-    ("--task sst2 --method pt --encoder-blocks 0", "--encoder-blocks has no effect with --method pt: leave it out"),
+    ("--task sst2 --method pt --encoder-blocks 1", "--encoder-blocks has no effect with --method pt: leave it out"),
     ("--task sst2 --method pt --control constant", "--control has no effect with --method pt: leave it out"),
     ("--task sst2 --method adept --head-lr 1", "--head-lr has no effect with --method adept"),
     ("--task sst2 --method residual --head-std 1", "--head-std has no effect with --method residual"),
@@ -217,7 +217,7 @@ def test_numbers(refused_at_once, flag, value, words):
     ("--resume cut --model gpt3", "there is no model gpt3"),
     ("--resume cut --tune-encoder", "cut holds another run: tune_encoder is False there and True here"),
     ("--resume cut --control blind", "cut holds another run: control is None there and blind here"),
-    ("--resume cut --encoder-blocks 0", "cut holds another run: encoder_blocks is None there and 0 here"),
+    ("--resume cut --encoder-blocks 1", "cut holds another run: encoder_blocks is 0 there and 1 here"),
     ("--resume cut --head-lr 1", "cut holds another run: head_lr is 0.003 there and 1.0 here"),
     # models and data that are not there, or too small
     ("--task sst2 --model gpt3", "there is no model gpt3: name tiny, gpt2"),
@@ -230,7 +230,7 @@ def test_numbers(refused_at_once, flag, value, words):
     ("--task mnli", "task mnli has no built-in sample (only sst2, rte)"),
     ("--task mnli --data glue", "glue/MNLI/train.tsv not found"),
     ("--task sst2 --max-train 1", "1 training row, but h is scaled by a deviation, which takes 2"),
-    ("--task sst2 --holdout 4000", "--holdout 4000 leaves less than 2 of 4000 training rows"),
+    ("--task sst2 --holdout 2000", "--holdout 2000 leaves less than 2 of 2000 training rows"),
     ("--task sst2 --holdout 31 --max-train 32", "--holdout 31 leaves less than 2 of 32 training rows"),
     ("--task sst2 --num-virtual-tokens 128", "128 prompt tokens leave no room for text in a context of 128"),
     ("--task sst2 --num-virtual-tokens 64 --fusion concat", "128 prompt tokens leave no room"),
@@ -387,7 +387,7 @@ CONTENT = [  # (done to the content of an adapter or a checkpoint, words)
     (entry("config", rank=3), "differ"), (entry("config", control="blind"), "differ"),
     (entry("config", control="nonsense"), "--control: 'nonsense' is none of"),
     (entry("config", control=True), "--control: True is no str"), (entry("config", shuffle_instances=False), "shuffle_instances"),
-    (entry("config", encoder_blocks=0), "differ"), (entry("config", encoder_blocks=0.0), "is no int"),
+    (entry("config", encoder_blocks=1), "differ"), (entry("config", encoder_blocks=0.0), "is no int"),
     (entry("config", encoder_blocks=-1), "--encoder-blocks: -1 is not between"),
     (entry("config", head_lr=0), "--head-lr: 0 is not between"), (entry("config", encoder_lr="1"), "'1' is no float"),
     (entry("task", template="no field"), "has to name fields"), (entry("task", template=5), "have to be texts"),
@@ -782,7 +782,7 @@ def test_repeating_a_finished_command_and_killing_it_leaves_the_old_result(place
 
 FLAGS = dict(max_train=14, seed=1, epochs=2, batch_size=4, lr=0.02, init_std=0.5, num_virtual_tokens=4,
              rank=3, hidden_dim=5, fusion="add", dropout=0.3, tune_encoder=True, dtype="bfloat16", holdout=4, control="blind",
-             encoder_blocks=0, head_lr=0.002, encoder_lr=0.02, head_std=0.02)
+             encoder_blocks=1, head_lr=0.002, encoder_lr=0.02, head_std=0.02)
 
 
 @pytest.mark.parametrize("method", train.LEARNING_RATES)

@@ -457,7 +457,7 @@ def test_a_damaged_adapter_and_one_with_code_in_it_are_refused(capsys, tmp_path)
     ("--task sst2 --num-virtual-tokens 128", "128 prompt tokens leave no room for text in a context of 128"),
     ("--task sst2 --num-virtual-tokens 64 --fusion concat", "128 prompt tokens leave no room"),
     ("--task sst2 --num-virtual-tokens 126", "needs more than the 2 tokens the context leaves"),
-    ("--task sst2 --holdout 4000", "--holdout 4000 leaves less than 2 of 4000 training rows"),
+    ("--task sst2 --holdout 2000", "--holdout 2000 leaves less than 2 of 2000 training rows"),
     ("--task sst2 --data nowhere", "nowhere/SST-2/train.tsv not found"),
     ("--adapter nowhere --predict x", "nowhere/adapter.pt"),
     ("--task sst2 --predict x", "--predict TEXT and --adapter DIR go together"),
