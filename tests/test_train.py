@@ -98,7 +98,7 @@ def test_what_decides_a_result_is_all_that_is_asked_for_but_where_and_how_to_run
 @pytest.mark.parametrize("change, folder", [
     (dict(), "runs/sst2-lopa-tiny-seed0"), (dict(lr=3e-2, head_lr=3e-3, encoder="tiny"), "runs/sst2-lopa-tiny-seed0"),
     (dict(seed=3, lr=0.5, tune_encoder=True), "runs/sst2-lopa-tiny-seed3-lr-0.5-tune-encoder"),
-    (dict(encoder_blocks=0, control="blind"), "runs/sst2-lopa-tiny-seed0-encoder-blocks-0-control-blind"),
+    (dict(encoder_blocks=1, control="blind"), "runs/sst2-lopa-tiny-seed0-encoder-blocks-1-control-blind"),
     (dict(model="models/a", encoder="models/enc"), "runs/sst2-lopa-a-seed0-encoder-enc"), (dict(out="here/x"), "here/x"),
 ])
 def test_the_run_folder_says_what_is_not_as_usual(change, folder, tmp_path, monkeypatch):
@@ -134,7 +134,7 @@ def test_a_reloaded_adapter_gives_identical_probabilities(tiny, tmp_path, monkey
     monkeypatch.setattr(train, "predict", lambda *a, predict=train.predict: seen.append(predict(*a)) or seen[-1])
     train.main([*QUICK, "--epochs", "1", *flags.split(), "--out", str(tmp_path)])
     adapter, task = train.load_state(tmp_path / "adapter.pt"), data.TASKS["sst2"]
-    encoder = InstanceEncoder(gpt)
+    encoder = InstanceEncoder(gpt, adapter["config"]["encoder_blocks"])
     model = train.restore(adapter, gpt, encoder, data.label_tokens(task, tokenizer))
     split = data.encode(task, data.sst2_sample()[1], tokenizer, 100)
     split = dataclasses.replace(split, instances=train.instance_embeddings(encoder, split))
@@ -367,10 +367,10 @@ def test_holding_out_scores_training_rows_and_dev_changes_nothing(tiny, tmp_path
     results = []
     for name, dev_rows in (("with", dev), ("without", [({"sentence": "the plot is dull"}, 1)])):
         monkeypatch.setattr(data, "load_task", lambda *_, **__: (rows, {"dev": dev_rows}, "sample"))
-        train.main(["--task", "sst2", "--epochs", "1", "--holdout", "3800", "--out", str(tmp_path / name)])
+        train.main(["--task", "sst2", "--epochs", "1", "--holdout", "1800", "--out", str(tmp_path / name)])
         results.append(json.loads((tmp_path / name / "result.json").read_text()))
     first, second = results
-    assert (first["num_train"], first["num_scored"], first["scored_on"]) == (200, 3800, "held-out training rows")
+    assert (first["num_train"], first["num_scored"], first["scored_on"]) == (200, 1800, "held-out training rows")
     assert first["accuracy"] == second["accuracy"] and first["linear_probe"] == second["linear_probe"]
 
 
