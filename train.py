@@ -1,6 +1,6 @@
 """Train a soft prompt for a frozen GPT, score it, and use it.
 
-    python train.py --task sst2                          LoPA on the built-in sample, half a minute at first
+    python train.py --task sst2                          LoPA on the built-in sample, a minute at first
     python train.py --task sst2 --method pt              prompt tuning, to compare
     python train.py --task sst2 --data DIR               real GLUE files: DIR/SST-2/train.tsv and dev.tsv
     python train.py --adapter runs/sst2-lopa-tiny-seed0 --predict "a witty film"   or a file, or - for stdin
