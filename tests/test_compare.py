@@ -13,6 +13,7 @@ import train
 from experiments import compare
 from model import InstanceEncoder
 
+pytestmark = pytest.mark.slow            # each trains a study, if a small one
 ROOT = Path(train.__file__).parent
 QUICK = ["--task", "sst2", "--max-train", "200", "--epochs", "1"]
 
@@ -118,11 +119,11 @@ def test_another_configuration_is_refused_by_name_and_nothing_is_overwritten(tin
 
 def test_a_learning_rate_that_diverges_scores_0_is_said_and_is_not_tried_again(tiny, tmp_path, capsys,
                                                                               monkeypatch, fitted):
-    monkeypatch.setattr(compare, "FACTORS", (1e21, 1, 3e20))
+    monkeypatch.setattr(compare, "FACTORS", (1e25, 1, 1e24))
     flags = [*QUICK, "--methods", "pt", "--seeds", "0", "--out", str(tmp_path)]
     compare.main(flags)
     assert [line for line in capsys.readouterr().out.splitlines() if "trial 1" in line] == [
-        "  trial 1: pt, lr 3e+19, seed 0, accuracy 0.000, " + runs_in(tmp_path)[0]["diverged"]]
+        "  trial 1: pt, lr 3e+23, seed 0, accuracy 0.000, " + runs_in(tmp_path)[0]["diverged"]]
     assert "not finite" in runs_in(tmp_path)[0]["diverged"] or "loss is" in runs_in(tmp_path)[0]["diverged"]
     assert runs_in(tmp_path)[-1]["lr"] == 0.03
     del fitted[:]
