@@ -932,10 +932,10 @@ def run(config: Config, resume: bool = False) -> dict:
             result["accuracy" + suffix] = accuracy(scores, test.labels)
             if "f1" in data.TASKS[config.task].metrics:
                 result["f1" + suffix] = data.f1(scores.argmax(dim=-1), test.labels)
-        if problem.kinds:
-            result["accuracy_by_kind"] = by_kind = accuracy_by_kind(problem, predict(model, problem.test))
-            config.say(f"accuracy on {problem.test_name} by kind of sentence: "
-                       + ", ".join(f"{kind} {score:.3f}" for kind, score in by_kind.items()))
+            if problem.kinds:                                          # the sample has one dev split
+                result["accuracy_by_kind"] = by_kind = accuracy_by_kind(problem, scores)
+                config.say(f"accuracy on {name} by kind of sentence: "
+                           + ", ".join(f"{kind} {score:.3f}" for kind, score in by_kind.items()))
         result["train_seconds"] = metrics[-1]["seconds"]
         if is_first_process():
             data.save_file(folder / "adapter.pt", saved(config, model, problem))

@@ -77,6 +77,7 @@ def study(args: argparse.Namespace) -> str:
     problem = problems[base.encoder_blocks]
     if (num_rows := len(problem.train)) < 5:
         raise ValueError(f"{num_rows} training rows are too few to hold out a fifth of them: 5 at least")
+    held_out_of = {blocks: whole.hold_out(num_rows // 5) for blocks, whole in problems.items()}
     about = dict(study="ablate" if args.ablate else "compare", **base.deciding()) | dict(
         data=problem.source, fingerprint=problem.fingerprint, data_sha256=problem.data_sha256)
     path = default_folder(base, about["study"]) / "runs.jsonl"
@@ -114,15 +115,15 @@ def study(args: argparse.Namespace) -> str:
     for name, config in configs.items():
         tried = replace(config, control=None)                          # a control has LoPA's rates
         row = config.method if config.control else name
-        whole = problems[config.encoder_blocks]
-        held_out = whole.hold_out(num_rows // 5)
+        whole, held_out = problems[config.encoder_blocks], held_out_of[config.encoder_blocks]
         best = max(FACTORS, key=lambda f: finished(row, "trial", held_out, tried, f, seed=0)["accuracy"])
         for seed in args.seeds:
             finished(name, "seed", whole, config, best, seed)
+    result = table(path)
     with data.whole(path.with_name("table.md"), "the table") as file:
-        file.write(table(path).encode())
+        file.write(result.encode())
     say(f"\n{args.task}, {problem.source}, {len(args.seeds)} seeds; wrote {path} and table.md:\n")
-    return table(path)
+    return result
 
 
 def table(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Zero-shot accuracy of some templates and label words on training rows, to choose one before any dev row is seen.
+"""Zero-shot accuracy of some templates and label words on training rows, before any dev row is seen.
 
     python -m experiments.templates FOLDER --data DIR [--rows 500] [--dtype bfloat16]
 """
@@ -17,20 +17,21 @@ TEMPLATES = {"sst2": [("{sentence} . It was", " terrible", " great"),
                       ("Review: {sentence}\nSentiment:", " negative", " positive")],
              "rte": [("{a} ? {b} . Answer:", " No", " Yes"),
                      ("{a}\nQuestion: {b} True or False?\nAnswer:", " False", " True"),
-                     ("Premise: {a}\nHypothesis: {b}\nDoes the premise entail the hypothesis?", " No", " Yes")]}
+                     ("Premise: {a}\nHypothesis: {b}\nIs it entailed?", " No", " Yes")]}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
     parser.add_argument("--data", required=True)
     parser.add_argument("--rows", type=int, default=500)
     parser.add_argument("--dtype", default="bfloat16")
     args = parser.parse_args()
     print("| task | template | label words | accuracy on training rows |\n| --- | --- | --- | --- |")
+    config = train.Config(task="sst2", model=args.folder, dtype=args.dtype)
+    gpt, tokenizer, _ = any_model.load_model(args.folder, config)      # once: it does not depend on the task
     for name, templates in TEMPLATES.items():
-        config = train.Config(task=name, model=args.folder, dtype=args.dtype)
-        gpt, tokenizer, _ = any_model.load_model(args.folder, config)
         rows, _, _ = data.load_task(name, args.data, args.rows)
         for template, *words in templates:
             task = replace(data.TASKS[name], template=template,
