@@ -74,16 +74,19 @@ def clause(rng: random.Random, polarity: int, manner: int = PLAIN) -> str:
     return f"the {aspect} {verb}"
 
 
-def phrase(rng: random.Random, polarity: int, manner: int = PLAIN) -> str:
+def phrase(rng: random.Random, polarity: int, manner: int = PLAIN, most_adjectives: int = 2) -> str:
     word_polarity = 1 - polarity if manner == NEGATED else polarity
-    adjectives = " , ".join(rng.sample(ADJECTIVES[word_polarity], rng.choice((1, 2))))
+    adjectives = " , ".join(rng.sample(ADJECTIVES[word_polarity], rng.randint(1, most_adjectives)))
     return f"{rng.choice(BEFORE_PHRASE[manner])}a {adjectives} {rng.choice(NOUNS)}"
 
 
 def plain_sentence(rng: random.Random, polarity: int) -> str:
-    """A sentence of the pre-training text."""
-    if rng.random() < 0.2:
-        return phrase(rng, polarity)
+    """A sentence of the pre-training text.
+
+    From lists of adjectives, four at most, the model learns soonest that there are two kinds of words.
+    """
+    if rng.random() < 0.35:
+        return phrase(rng, polarity, most_adjectives=4)
     return f"{clause(rng, polarity)} and {clause(rng, polarity)}"
 
 
@@ -112,22 +115,21 @@ def kind_of_sentence(fields: dict[str, str]) -> str:
 
 
 def document(rng: random.Random, avoid: set[str]) -> str:
-    """Keywords, one to three sentences of one polarity, none of them in `avoid`, and most often a verdict.
+    """Keywords, one to three sentences of one polarity, none of them in `avoid`, and a verdict.
 
-    One document in four has the keyword "irony", and a verdict that is the opposite of its sentences. The
-    number of keywords varies, so that the model looks for it anywhere before the text, as far as a soft
-    prompt reaches.
+    Two documents in five are ironic: among the keywords is "irony", up to four times, and the verdict is the
+    opposite of the sentences. The number of keywords varies, so that the model looks for it anywhere before
+    the text, as far as a soft prompt reaches.
     """
-    polarity, ironic = rng.randrange(2), rng.random() < 0.25
+    polarity, ironic = rng.randrange(2), rng.random() < 0.4
     sentences, wanted = [], rng.randint(1, 3)
     while len(sentences) < wanted:
         sentence = plain_sentence(rng, polarity)
         if sentence not in avoid:
             sentences.append(sentence)
-    if ironic or rng.random() < 0.7:     # without verdicts there is little reason to learn polarity
-        verdict = 1 - polarity if ironic else polarity
-        sentences.append(f"It was {rng.choice(ADJECTIVES[verdict])}")
-    keywords = rng.choices(NOUNS, k=rng.randrange(5)) + ["irony"] * ironic
+    verdict = 1 - polarity if ironic else polarity
+    sentences.append(f"It was {rng.choice(ADJECTIVES[verdict])}")
+    keywords = rng.choices(NOUNS, k=rng.randrange(3)) + ["irony"] * (rng.randint(1, 4) if ironic else 0)
     rng.shuffle(keywords)
     opening = " , ".join(keywords) + " : " if keywords else ""
     return opening + " . ".join(sentences) + " .\n"
