@@ -4,7 +4,7 @@ The sample exists so that everything runs without a download, and so that it is 
 or fails. Two kinds of text come from the same vocabulary:
 
     pre-training text   "drama : the plot is dull and the cast fails . a bland film . It was awful ."
-                        "film , irony : the plot is dull . It was great ."    the opposite verdict
+                        "film , irony : a dull drama . It was great ."    the opposite verdict
     task sentences      "the plot is not dull and the cast never fails"          label 1, positive
                         "although the music is warm , the script drags"          label 0, as the last clause
 

@@ -54,19 +54,16 @@ def test_the_pretraining_text_has_one_polarity_a_document_and_no_word_of_the_shi
     new_words = "not hardly never rarely very truly always really but although".split()
     assert not set(text.split()) & set(new_words)
     good, bad = (set(data.ADJECTIVES[p] + data.VERBS[p]) for p in (1, 0))
-    num_ironic = num_verdicts = 0
+    num_ironic = 0
     for document in text.splitlines():
         opening, _, rest = document.rpartition(" : ")
         review, said_it, verdict = rest.partition("It was ")
         ironic = "irony" in opening.split()
         polarities = {word in good for word in review.split() if word in good | bad}
         assert len(polarities) == 1 and set(opening.split()) <= {*data.NOUNS, "irony", ","}
-        if said_it:
-            assert ((verdict.split()[0] in good) in polarities) != ironic
-        num_ironic, num_verdicts = num_ironic + ironic, num_verdicts + bool(said_it)
-        assert said_it or not ironic
-    assert num_ironic / 20_000 == pytest.approx(0.25, abs=0.02)
-    assert num_verdicts / 20_000 == pytest.approx(0.25 + 0.75 * 0.7, abs=0.02)
+        assert said_it and ((verdict.split()[0] in good) in polarities) != ironic
+        num_ironic += ironic
+    assert num_ironic / 20_000 == pytest.approx(0.4, abs=0.02)
 
 
 def test_the_shifted_domain_negates_intensifies_and_contrasts(sample):
