@@ -25,6 +25,9 @@ import train
 from experiments import compare
 from model import GPT
 
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
 
 class AnyModel(nn.Module):
     """A causal language model of Transformers behind the interface of model.GPT, for right-padded batches.
@@ -105,8 +108,6 @@ def load_model(name: str, config: train.Config) -> tuple[AnyModel, Tokenizer, fl
 
 
 def main(argv: list[str]) -> None:
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     train.load_model, train.COMMAND = load_model, "python -m experiments.any_model"
     program = compare if argv[:1] == ["compare"] else train
     flags = argv[1:] if program is compare else argv
