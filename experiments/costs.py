@@ -22,22 +22,23 @@ from experiments.benchmark import ROOT, adamw, our_step, seconds
 from lopa import get_nb_trainable_parameters
 
 METHODS = ("pt", "dpt", "idpg", "lopa", "lora")
-BATCH_SIZE, NUM_BATCHES, NUM_TEXTS = 16, 8, 20
+BATCH_SIZE, NUM_BATCHES, NUM_TEXTS = 16, 4, 10
 
 
 def settings(args: argparse.Namespace, method: str) -> train.Config:
     return train.Config("sst2", method=method, model=args.folder, data=args.data, dtype=args.dtype,
-                        max_train=BATCH_SIZE * NUM_BATCHES, batch_size=BATCH_SIZE, device="cpu", quiet=True)
+                        max_train=BATCH_SIZE * (NUM_BATCHES + 1), holdout=BATCH_SIZE,      # dev is not needed
+                        batch_size=BATCH_SIZE, device="cpu", quiet=True)
 
 
 def peak_of_a_step(args: argparse.Namespace) -> int:
-    """MB that a step adds to what the process held, on the longest batch, with h computed before. Linux only."""
+    """MB that a step on the longest batch adds to what the process held; h is there already. Linux only."""
     config = settings(args, args.peak)
     problem = train.prepare(config)
     model = train.build(config, problem).train()
     longest = problem.train[problem.train.lengths.argsort()[-BATCH_SIZE:]]
     optimizer = adamw(model, config)
-    ctypes.CDLL(None).malloc_trim(0)                                   # loading left free memory in the process
+    ctypes.CDLL(None).malloc_trim(0)                                   # loading left free memory behind
     Path("/proc/self/clear_refs").write_text("5")                      # the peak starts from here
     before = kilobytes("VmRSS")
     our_step(model, optimizer, longest)
@@ -68,13 +69,13 @@ def costs(args: argparse.Namespace) -> str:
                 model.eval()(text.tokens, text.lengths, h)
             with torch.no_grad():
                 answers[method].append(seconds(answer))
-    lines = ["| method | trainable | a step, seconds | compared with pt | peak of a step, MB | one text, ms |",
-             "| --- | --- | --- | --- | --- | --- |"]
+    header = ["method", "trainable", "a step, seconds", "compared with pt", "peak of a step, MB", "one text, ms"]
+    lines = [f"| {' | '.join(header)} |", "|" + " --- |" * len(header)]
     for method, times in answers.items():
         cells = ["no prompt", "0", "", "", ""]
         if method:
-            peak = subprocess.run([sys.executable, "-m", "experiments.costs", *sys.argv[1:], "--peak", method],
-                                  cwd=ROOT, stdout=subprocess.PIPE, check=True, text=True).stdout
+            command = [sys.executable, "-m", "experiments.costs", *sys.argv[1:], "--peak", method]
+            peak = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True, text=True).stdout
             cells = [method, f"{get_nb_trainable_parameters(models[method])[0]:,}",
                      f"{statistics.mean(steps[method]):.2f}",
                      f"{sum(steps[method]) / sum(steps['pt']):.2f}", peak.strip()]
