@@ -203,7 +203,8 @@ class GPT(nn.Module):
         if T + max_new_tokens > self.config.n_positions:
             raise ValueError(f"{T} input + {max_new_tokens} new tokens > context {self.config.n_positions}: "
                              "lower max_new_tokens or cut the input")
-        ends = torch.zeros(0, dtype=torch.long, device=inputs_embeds.device) if ends is None else ends
+        if ends is None:
+            ends = torch.zeros(0, dtype=torch.long, device=inputs_embeds.device)
         tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=inputs_embeds.device)
         over = torch.zeros(B, dtype=torch.bool, device=tokens.device)
         past, rows = [[] for _ in range(self.config.n_layer)], torch.arange(B, device=tokens.device)
@@ -217,7 +218,7 @@ class GPT(nn.Module):
                 tokens[:, i + 1:] = ends[:1]
                 break
             inputs_embeds = self.embed(tokens[:, i:i + 1])             # (B, 1, d): the rest is in `past`
-            if lengths is not None:                                    # what is generated stands after padding
+            if lengths is not None:                                    # new ones stand after the padding
                 real = torch.arange(T + i + 1, device=rows.device)
                 real = (real < lengths[:, None]) | (real >= T)         # (B, T + i + 1)
             last = torch.zeros_like(rows)                              # the only position of the next input

@@ -35,7 +35,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -200,7 +200,7 @@ class Adapted(nn.Module):
 
     config.method: a key of lopa.METHODS, or "lora" or "full"; without a config the model is bare, zero-shot.
     LoRA, full fine-tuning and a tuned encoder work on copies, the latter two in float32: `gpt` and `encoder`
-    themselves never change. label_ids: (labels,), tokens.
+    themselves never change. label_ids: (labels,), tokens; of a task with answers those that end one.
     """
 
     def __init__(self, config: Config | None, gpt: GPT, encoder: InstanceEncoder, label_ids: Tensor):
@@ -230,20 +230,37 @@ class Adapted(nn.Module):
                 p.requires_grad_(p.grad is not None).grad = None
         self.to(label_ids.device)
 
-    def forward(self, tokens: Tensor, lengths: Tensor, instance: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, lengths: Tensor, instance: Tensor,
+                answers: Tensor | None = None) -> Tensor:
         """Tokens (B, T), lengths (B,), h (B, d_h) -> label words' logits at the last real token, (B, labels).
 
-        Logits are computed where a target stands and nowhere else: at B positions instead of B (m + T).
+        With answers (B, max_answer), behind which is -100: the logits of each of their n tokens, right before
+        it, (n, vocab_size). Logits are computed where a target stands and nowhere else.
         """
+        inputs_embeds, lengths = self.read(tokens, lengths, instance)  # (B, m + T, d)
+        if answers is None:
+            last = self.gpt.hidden_at(inputs_embeds, lengths - 1)      # (B, d)
+            logits = self.gpt.logits(last, self.label_ids)             # (B, labels)
+        else:
+            rows, i = (answers >= 0).nonzero(as_tuple=True)            # (n,): token i of a row's answer
+            inputs_embeds = F.pad(inputs_embeds, (0, 0, 0, int(i.max()) + 1))
+            inputs_embeds[rows, lengths[rows] + i] = self.gpt.embed(answers[rows, i])
+            logits = self.gpt.logits(self.gpt.hidden_at(inputs_embeds, lengths[rows] + i - 1, rows))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))     # bfloat16 is coarse
+
+    def read(self, tokens: Tensor, lengths: Tensor, instance: Tensor) -> tuple[Tensor, Tensor]:
+        """What the frozen model reads, (B, m + T, d), and how much of it is prompt and text, (B,)."""
         if self.encoder is not None:
             instance = self.encoder(tokens, lengths)
         inputs_embeds = self.gpt.embed(tokens)                         # (B, T, d)
         if self.prompt is not None:
             inputs_embeds = self.prompt(inputs_embeds, instance)       # (B, m + T, d)
-        m = inputs_embeds.shape[1] - tokens.shape[1]
-        last = self.gpt.hidden_at(inputs_embeds, m + lengths - 1)      # (B, d)
-        logits = self.gpt.logits(last, self.label_ids)                 # (B, labels)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))     # bfloat16 is coarse
+        return inputs_embeds, lengths + inputs_embeds.shape[1] - tokens.shape[1]
+
+    def generate(self, tokens: Tensor, lengths: Tensor, instance: Tensor, max_answer: int) -> Tensor:
+        """The likeliest answers, (B, max_answer), token by token; behind the end of one, end marks."""
+        inputs_embeds, lengths = self.read(tokens, lengths, instance)
+        return self.gpt.generate(inputs_embeds, max_answer, lengths, ends=self.label_ids)
 
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
@@ -301,8 +318,7 @@ def fit(config: Config, model: Adapted, problem: "Problem", folder: Path | None 
                 advice = (f"of {total_steps}, learning rate {config.lr * factor:.2e}: "
                           f"start again with a lower {rates}")
                 dropout.manual_seed((config.seed * total_steps + step - 1) * num_processes + process)
-                logits = forward(batch.tokens, batch.lengths, batch.instances)         # (B, labels)
-                loss = F.cross_entropy(logits, batch.labels)           # over the label words alone
+                loss = loss_of(forward, batch)
                 optimizer.zero_grad()
                 (loss * share).backward()
                 nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -315,7 +331,7 @@ def fit(config: Config, model: Adapted, problem: "Problem", folder: Path | None 
                     progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
                 if step == last_step:
                     mean_loss = per_process(losses).sum().item() / len(split)
-                    score = accuracy(predict(model, problem.test), problem.test.labels)
+                    score = problem.accuracy(predict(model, problem.test), problem.test)
                     seconds, losses = time.time() - began, []
                     metrics.append(dict(epoch=epoch, loss=mean_loss, accuracy=score, seconds=seconds))
                     config.say(f"epoch {epoch}/{config.epochs}: loss {mean_loss:.4f}, {problem.test_name} "
@@ -328,6 +344,16 @@ def fit(config: Config, model: Adapted, problem: "Problem", folder: Path | None 
                 if pressed:
                     raise KeyboardInterrupt(f"interrupted at step {step} of {total_steps}")
     return metrics
+
+
+def loss_of(forward: Callable[..., Tensor], batch: data.Encoded) -> Tensor:
+    """Cross entropy over the label words alone; or of every token of an answer, its mean first by example."""
+    inputs = (batch.tokens, batch.lengths, batch.instances)
+    if batch.labels.ndim == 1:
+        return F.cross_entropy(forward(*inputs), batch.labels)         # (B, labels), (B,)
+    real = batch.labels >= 0                                           # (B, max_answer)
+    losses = F.cross_entropy(forward(*inputs, batch.labels), batch.labels[real], reduction="none")     # (n,)
+    return (losses * (real / real.sum(dim=1, keepdim=True))[real]).sum() / len(batch)
 
 
 def parameter_groups(config: Config, model: Adapted) -> list[dict]:
@@ -422,8 +448,12 @@ def ctrl_c_noted(on: bool) -> Iterator[list]:
 
 @torch.no_grad()
 def predict(model: Adapted, split: data.Encoded) -> Tensor:
-    """Probabilities of the labels for every row, (N, labels)."""
+    """Probabilities of the labels for every row, (N, labels), or the tokens of its answer, (N, max_answer)."""
     model.eval()
+    if split.labels.ndim == 2:
+        max_answer = split.labels.shape[1]
+        return every_row(split, max_answer, lambda batch: model.generate(
+            batch.tokens, batch.lengths, batch.instances, max_answer)).long()
     return every_row(split, len(model.label_ids),
                      lambda batch: model(batch.tokens, batch.lengths, batch.instances)).softmax(dim=-1)
 
@@ -434,11 +464,18 @@ def instance_embeddings(encoder: InstanceEncoder, split: data.Encoded) -> Tensor
     return every_row(split, len(encoder.mean), lambda batch: encoder(batch.tokens, batch.lengths))
 
 
+@torch.no_grad()
+def answer_loss(model: Adapted, split: data.Encoded) -> float:
+    """The mean loss of a split's answers, as `fit` has it."""
+    return every_row(split, 1, lambda batch: loss_of(model, batch).expand(len(batch), 1)).mean().item()
+
+
 def every_row(split: data.Encoded, width: int, compute: Callable[[data.Encoded], Tensor]) -> Tensor:
     """compute(batch) -> (rows, width), for all rows: (N, width). Processes share the batches."""
     order = split.lengths.argsort() if split.ragged else torch.arange(len(split), device=split.labels.device)
     process, num_processes = rank_and_world_size()
-    mine = order.split(256)[process::num_processes]
+    # Of answers fewer at a time: their logits are of all tokens, or their keys and values are kept.
+    mine = order.split(256 if split.labels.ndim == 1 else 64)[process::num_processes]
     result = torch.zeros(len(split), width, device=order.device)
     for rows, batch in zip(mine, batches(split, mine)):
         result[rows] = compute(batch).float()
@@ -452,9 +489,9 @@ def accuracy(probabilities: Tensor, labels: Tensor) -> float:
     return (probabilities.argmax(dim=-1).cpu() == labels.cpu()).float().mean().item()
 
 
-def accuracy_by_kind(problem: "Problem", probabilities: Tensor) -> dict[str, float]:
-    """Accuracy of the sample's dev rows, (N, labels), for each kind of sentence by itself."""
-    right = (probabilities.argmax(dim=-1) == problem.test.labels).tolist()
+def accuracy_by_kind(problem: "Problem", predictions: Tensor) -> dict[str, float]:
+    """Accuracy of what was predicted of the sample's dev rows, for each kind of sentence by itself."""
+    right = problem.right(predictions, problem.test).tolist()
     return {kind: statistics.fmean(r for r, k in zip(right, problem.kinds) if k == kind)
             for kind in sorted(set(problem.kinds), key=len)}
 
@@ -488,8 +525,15 @@ class HiddenLayerProbe(nn.Module):
 
 
 def baselines(config: Config, problem: "Problem") -> dict[str, float]:
-    """Accuracies without a method: of the commonest label, the bare model, h without the model."""
+    """Accuracies without a method: of the commonest label, the bare model, h without the model.
+
+    Of answers, those of the commonest one and of the bare model.
+    """
     test, bare = problem.test, Adapted(None, problem.gpt, problem.encoder, problem.label_ids)
+    if test.labels.ndim == 2:
+        answers, counts = problem.train.labels.unique(dim=0, return_counts=True)
+        predicted = dict(majority=answers[counts.argmax()].expand_as(test.labels), zero_shot=predict(bare, test))
+        return {name: problem.accuracy(tokens, test) for name, tokens in predicted.items()}
     probe = linear_probe(problem.train.instances, problem.train.labels, test.instances)
     majority = (test.labels == problem.train.labels.bincount().argmax()).float().mean().item()
     *_, hidden_layer = fit(replace(config, quiet=True), HiddenLayerProbe(config, problem), problem)
@@ -516,6 +560,9 @@ class Problem:
     data_sha256: str = ""                # of the encoded texts and labels
     pretrain_seconds: float = 0.0
     kinds: Sequence[str] = ()            # of the sample's dev sentences
+    task: data.Task | None = None        # needed for answers alone
+    tokenizer: tiktoken.Encoding | None = None
+    names: dict[str, list] = field(default_factory=dict)     # task_id of every row, by name of the split
 
     @property
     def test_name(self) -> str:
@@ -524,6 +571,19 @@ class Problem:
     @property
     def test(self) -> data.Encoded:
         return self.tests[self.test_name]
+
+    def right(self, predictions: Tensor, split: data.Encoded) -> Tensor:
+        """Which rows of a split are predicted rightly, (N,), from (N, labels) or (N, max_answer)."""
+        if split.labels.ndim == 1:
+            return predictions.argmax(dim=-1) == split.labels
+        return torch.tensor([data.same_answer(self.task, given, wanted) for given, wanted
+                             in zip(self.texts(predictions), self.texts(split.labels))])
+
+    def accuracy(self, predictions: Tensor, split: data.Encoded) -> float:
+        return self.right(predictions, split).float().mean().item()
+
+    def texts(self, answers: Tensor) -> list[str]:
+        return [data.decode_answer(self.task, tokens, self.tokenizer) for tokens in answers]
 
     def hold_out(self, count: int) -> "Problem":
         """`count` training rows as the rows to score, the others to train on; dev is not in it.
@@ -534,7 +594,9 @@ class Problem:
         if count > N - 2:
             raise ValueError(f"--holdout {count} leaves less than 2 of {N} training rows: lower it")
         drawn = torch.randperm(N, generator=torch.Generator().manual_seed(0))
-        by_label = drawn[self.train.labels.cpu()[drawn].argsort(stable=True)]
+        by_label = drawn
+        if self.train.labels.ndim == 1:
+            by_label = drawn[self.train.labels.cpu()[drawn].argsort(stable=True)]
         held = torch.zeros(N, dtype=torch.bool)
         held[by_label[torch.arange(count) * N // count]] = True        # evenly spaced among the sorted labels
         held = held.to(self.train.labels.device)
@@ -582,7 +644,7 @@ def prepare(config: Config) -> Problem:
     if len(models := set(gathered(frozen))) > 1:
         raise ValueError(f"the processes have different frozen models ({', '.join(models)}): "
                          "copy the .cache of one to all")
-    room, sha256 = text_room(config, gpt, encoder), hashlib.sha256()
+    room, sha256 = text_room(config, gpt, encoder, task.max_answer), hashlib.sha256()
 
     def encode(rows: list[data.Row]) -> data.Encoded:
         split = data.encode(task, rows, tokenizer, room)
@@ -612,7 +674,9 @@ def prepare(config: Config) -> Problem:
                          "with a word")
     sample = config.data is None and config.model == "tiny" and task.kind
     problem = Problem(gpt, encoder, label_ids, train, tests, ending, source, frozen, sha256.hexdigest()[:12],
-                      pretrain_seconds, [task.kind(texts) for texts, _ in dev_rows["dev"]] if sample else ())
+                      pretrain_seconds, [task.kind(texts) for texts, _ in dev_rows["dev"]] if sample else (),
+                      task, tokenizer, {name: [texts.get("task_id", i) for i, (texts, _) in enumerate(rows)]
+                                        for name, rows in dev_rows.items()})
     if config.holdout:
         problem = problem.hold_out(config.holdout)
     return problem.controlled(config.control, config.seed)
@@ -680,12 +744,13 @@ def fingerprint(gpt: GPT, encoder: InstanceEncoder) -> str:
     return gpt.fingerprint() + ("" if encoder.gpt is gpt else "+" + encoder.gpt.fingerprint())
 
 
-def text_room(config: Config, gpt: GPT, encoder: InstanceEncoder) -> int:
-    """How many tokens of text fit into the context behind the prompt. Raises ValueError if none do.
+def text_room(config: Config, gpt: GPT, encoder: InstanceEncoder, max_answer: int = 0) -> int:
+    """How many tokens of text fit between the prompt and the answer. Raises ValueError if none do.
 
     The same for methods without a prompt, so that all see the same texts.
     """
     context, m = gpt.config.n_positions, config.num_virtual_tokens * (2 if config.fusion == "concat" else 1)
+    m += max_answer
     if m >= context:
         raise ValueError(f"{m} prompt tokens leave no room for text in a context of {context}: "
                          "lower --num-virtual-tokens")
@@ -927,9 +992,15 @@ def run(config: Config, resume: bool = False) -> dict:
             advice = f"to go on from the last checkpoint: {COMMAND} --resume {folder}"
             message = f"{str(error) or 'interrupted'}; {advice if kept else 'nothing was saved yet'}"
             raise type(error)(message) from None
+        files = {}
         for name, test in problem.tests.items():
             suffix, scores = "" if name == problem.test_name else f"_{name}", predict(model, test)
-            result["accuracy" + suffix] = accuracy(scores, test.labels)
+            result["accuracy" + suffix] = problem.accuracy(scores, test)
+            if test.labels.ndim == 2:
+                result["loss" + suffix] = answer_loss(model, test)
+                names = problem.names.get(name, range(len(test)))
+                files[f"completions{suffix}.jsonl"] = [
+                    dict(task_id=name, completion=text) for name, text in zip(names, problem.texts(scores))]
             if "f1" in data.TASKS[config.task].metrics:
                 result["f1" + suffix] = data.f1(scores.argmax(dim=-1), test.labels)
             if problem.kinds:                                          # the sample has one dev split
@@ -941,6 +1012,8 @@ def run(config: Config, resume: bool = False) -> dict:
             data.save_file(folder / "adapter.pt", saved(config, model, problem))
             data.save_file(folder / "metrics.jsonl", [depends_on, *metrics])
             data.save_file(folder / "result.json", result)
+            for name, content in files.items():
+                data.save_file(folder / name, content)
             killed = folder.glob(f"{NEW_CHECKPOINT}.*.part")           # half files, of processes that were
             for path in [*(folder / name for name in (*CHECKPOINTS, NEW_CHECKPOINT)), *killed]:
                 path.unlink(missing_ok=True)
@@ -961,9 +1034,10 @@ def describe(config: Config, problem: Problem, model: Adapted, depends_on: dict)
     config.say(f"trainable: {trainable:,} of {total:,} parameters; the instance encoder is "
                + ("the model itself" if config.encoder == config.model else config.encoder)
                + (", a copy, trained and counted too" if config.tune_encoder else ", frozen"))
+    probes = (f"; on h alone a linear probe {before['linear_probe']:.3f}, one with a hidden layer "
+              f"{before['hidden_layer_probe']:.3f}" if "linear_probe" in before else "")
     config.say(f"before training, accuracy on {problem.test_name}: majority class {before['majority']:.3f}, "
-               f"zero-shot {before['zero_shot']:.3f}; on h alone a linear probe "
-               f"{before['linear_probe']:.3f}, one with a hidden layer {before['hidden_layer_probe']:.3f}")
+               f"zero-shot {before['zero_shot']:.3f}{probes}")
     return about | before | dict(trainable_parameters=trainable, total_parameters=total, device=config.device,
                                  torch=torch.__version__, pretrain_seconds=problem.pretrain_seconds)
 
@@ -987,15 +1061,20 @@ def predict_text(text: str, folder: str, device: str, cache: str) -> None:
         complain(f"the adapter in {folder} is a control ({config.control}), made to be scored: predict with "
                  "one that was trained without --control")
     task = data.Task(**adapter["task"])
-    rows = [(dict(zip(task.fields, texts)), 0) for texts in read_texts(text, list(task.fields))]
+    label = "" if task.answer else 0
+    rows = [(dict(zip(task.fields, texts)), label) for texts in read_texts(text, list(task.fields))]
     gpt, encoder, tokenizer, _ = load_frozen(config)
     model = restore(adapter, gpt, encoder, data.label_tokens(task, tokenizer).to(config.device))
-    room = text_room(config, gpt, encoder)
+    room = text_room(config, gpt, encoder, task.max_answer)
     split = data.encode(task, rows, tokenizer, room).to(config.device)
-    probabilities = predict(model, replace(split, instances=instance_embeddings(encoder, split)))
-    print("\t".join(["label", *task.label_names, *task.fields]))
-    for (texts, _), p in zip(rows, probabilities):
-        print("\t".join([task.label_names[p.argmax()], *(f"{x:.3f}" for x in p), *texts.values()]))
+    predictions = predict(model, replace(split, instances=instance_embeddings(encoder, split)))
+    print("\t".join(["answer" if task.answer else "label", *task.label_names, *task.fields]))
+    for (texts, _), p in zip(rows, predictions):
+        if task.answer:
+            cells = [data.decode_answer(task, p, tokenizer)]
+        else:
+            cells = [task.label_names[p.argmax()], *(f"{x:.3f}" for x in p)]
+        print("\t".join([*cells, *texts.values()]))
     if split.num_cut:
         print(f"note: {split.num_cut} of {len(split)} texts were cut to {room} tokens", file=sys.stderr)
     texts = [text for texts, _ in rows for text in texts.values()]
