@@ -18,7 +18,6 @@ negations, so that "I have not seen this word" does not yet mean "turn the meani
 import ast
 import hashlib
 import io
-import itertools
 import json
 import random
 import re
@@ -221,18 +220,14 @@ def rte_sample(n_train: int = 4000, n_dev: int = 872, seed: int = 0) -> tuple[li
 VERDICTS = (("bad", "terrible", "awful"), ("good", "great", "wonderful"))     # weak, plain, strong
 
 
-def rewrite_sample() -> tuple[list[Row], list[Row]]:
-    """sst2's sentences, to be said in short: "the plot is not dull" -> " It was good .".
-
-    Which side is in the text; how strongly is in words that the model has never read, which h tells.
-    """
-    def answered(fields: dict[str, str], label: int) -> Row:
+def rewrite_sample() -> tuple[list[Row], ...]:
+    """sst2's sentences in short, "the plot is not dull" -> " It was good .". How strong they are, h tells."""
+    def answer(fields: dict[str, str], label: int) -> str:
         words = set(fields["sentence"].split())
         strength = 0 if words & NEGATIONS else 1 + bool(words & INTENSIFIERS)
-        return fields, f" It was {VERDICTS[label][strength]} ."
+        return f" It was {VERDICTS[label][strength]} ."
 
-    train, dev = ([answered(*row) for row in rows] for rows in sst2_sample())
-    return train, dev
+    return tuple([(fields, answer(fields, label)) for fields, label in rows] for rows in sst2_sample())
 
 
 # GLUE's tasks. A GPT predicts what comes last, so the label word ends every template. The released code
@@ -327,7 +322,8 @@ def learn_tokenizer(text: str) -> tiktoken.Encoding:
                 if (piece[i], piece[i + 1]) == (left, right):
                     piece[i:i + 2] = [left + right]
                 i += 1
-    return tiktoken.Encoding("tiny", pat_str=WORD, mergeable_ranks=ranks, special_tokens={})
+    end = {"<|endoftext|>": ranks[b"\n"]}                              # the tiny GPT's documents end so
+    return tiktoken.Encoding("tiny", pat_str=WORD, mergeable_ranks=ranks, special_tokens=end)
 
 
 def tiny_tokenizer(text: str) -> tiktoken.Encoding:
@@ -416,34 +412,25 @@ def encode(task: Task, rows: list[Row], tokenizer: tiktoken.Encoding, max_length
     padded = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
     for i, (tokens, _) in enumerate(encoded):
         padded[i, :len(tokens)] = torch.tensor(tokens)
-    labels = [encode_answer(task, label, tokenizer) if task.answer else torch.tensor(label)
-              for _, label in rows]
+    labels = [encode_answer(task, y, tokenizer) if task.answer else torch.tensor(y) for _, y in rows]
     return Encoded(padded, lengths, torch.stack(labels), sum(cut for _, cut in encoded))
 
 
 def encode_answer(task: Task, answer: str, tokenizer: tiktoken.Encoding) -> Tensor:
     """The tokens of an answer and the end mark, (max_answer,); behind them -100, which is no token."""
-    tokens = [*tokenizer.encode_ordinary(answer), end_mark(tokenizer)][:task.max_answer]
+    tokens = [*tokenizer.encode_ordinary(answer), tokenizer.eot_token][:task.max_answer]
     return F.pad(torch.tensor(tokens), (0, task.max_answer - len(tokens)), value=-100)
 
 
 def decode_answer(task: Task, tokens: Tensor, tokenizer: tiktoken.Encoding) -> str:
-    """The text of an answer, encoded or generated (max_answer,), up to where it ends."""
-    ends = (end_mark(tokenizer), -100)
-    text = tokenizer.decode(list(itertools.takewhile(lambda token: token not in ends, tokens.tolist())))
+    """The text of an answer, encoded or generated, (max_answer,), up to where it ends."""
+    ended = ((tokens < 0) | (tokens == tokenizer.eot_token)).cumsum(dim=0)
+    text = tokenizer.decode(tokens[ended == 0].tolist())
     return text.partition("\n")[0] if task.one_line else text
 
 
-def end_mark(tokenizer: tiktoken.Encoding) -> int:
-    """The token that ends a text. The tiny GPT's documents end with their line."""
-    try:
-        return tokenizer.eot_token
-    except KeyError:
-        return tokenizer.encode_ordinary("\n")[0]
-
-
 def same_answer(task: Task, given: str, wanted: str) -> bool:
-    """Whether an answer is right: as a text, but for blanks behind it, or as a Python value. Nothing is run."""
+    """Whether an answer is right: as a text, blanks behind it apart, or as a Python value. Nothing is run."""
     no_value = suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
     if task.by_value:
         with no_value, warnings.catch_warnings(action="ignore"):       # of a "\\d" that a model wrote
@@ -462,9 +449,9 @@ def label_tokens(task: Task, tokenizer: tiktoken.Encoding) -> Tensor:
 
     Of a task with answers, those that end one, (n,): first the end mark, then what has a line end in it.
     """
-    lines = range(tokenizer.n_vocab if task.answer and task.one_line else 0)
-    ids = [end_mark(tokenizer)] if task.answer else []
-    ids += [token for token in lines if "\n" in tokenizer.decode([token])]
+    ids = [tokenizer.eot_token] if task.answer else []
+    for token in range(tokenizer.n_vocab if task.answer and task.one_line else 0):
+        ids += [token] if "\n" in tokenizer.decode([token]) else []
     for label, word in task.label_words.items():
         tokens = tokenizer.encode_ordinary(word)
         if len(tokens) != 1:
@@ -504,8 +491,8 @@ def load_task(name: str, data_dir: str | None, max_train: int | None = None, *, 
         train, dev_rows = task.sample()
         dev, source = {"dev": dev_rows}, "built-in sample, not GLUE"
     else:
-        home = Path(cache_dir, "" if task.answer else "GLUE") if data_dir is None else Path(data_dir)
-        folder = home / task.folder
+        folder = Path(cache_dir, "" if task.answer else "GLUE") if data_dir is None else Path(data_dir)
+        folder /= task.folder
         if data_dir is None:
             fetch(name, folder, quiet)
         dev, skipped = read_folder(folder, task)
@@ -550,35 +537,34 @@ def read_answers(folder: Path, task: Task) -> dict[str, list[Row]]:
     whole, splits = folder.with_name(f"{folder.name}.jsonl"), ("train", *task.dev_splits)
     if not whole.exists():
         return {split: read_jsonl(folder.with_name(f"{folder.name}_{split}.jsonl"), task) for split in splits}
-    rows = read_jsonl(whole, replace(task, **GOOGLE_MBPP) if folder.name == "mbpp" else task)
-    scored = range(11, 511)
-    if folder.name != "mbpp":            # CruxEval: 400 of the 800 functions to train on
-        scored = random.Random(0).sample([fields["task_id"] for fields, _ in rows], len(rows) // 2)
-    train = [row for row in rows if row[0]["task_id"] not in scored]
-    return {"train": train, task.dev_splits[0]: [row for row in rows if row not in train]}
+    if folder.name == "mbpp":
+        rows = read_jsonl(whole, replace(task, **GOOGLE_MBPP))
+        scored = [row for row in rows if row[0]["task_id"] in range(11, 511)]
+    else:                                # CruxEval, which has no splits: 400 and 400 functions
+        rows = read_jsonl(whole, task)
+        scored = random.Random(0).sample(rows, len(rows) // 2)
+    return {"train": [row for row in rows if row not in scored], task.dev_splits[0]: scored}
 
 
 def read_jsonl(path: Path, task: Task) -> list[Row]:
-    """A JSON object a line; a list in it is a text of several lines. ValueError, with file and line.
+    """The rows of a file with a JSON object on each line. ValueError, with file and line, for another.
 
-    Besides its fields a row has its task_id: the file's, or the number of its line.
+    A list is a text of several lines. A row has one field more, task_id: the file's, or its number.
     """
     if not path.is_file():
         raise ValueError(f"{path} not found: --data names the folder that holds it")
-    columns = re.findall(r"{(.*?)}", "".join([*task.fields.values(), task.answer]))
     rows = []
     for where, cells in read_lines(path):
-        row = parse_object("\t".join(cells).encode(), where)
-        for column in columns:
-            lines = row.get(column) if isinstance(row.get(column), list) else [row.get(column)]
-            if not all(isinstance(line, str) for line in lines):
+        row = {column: "\n".join(map(str, text)) if isinstance(text, list) else text
+               for column, text in parse_object("\t".join(cells).encode(), where).items()}
+        for column in re.findall(r"{(.*?)}", "".join([*task.fields.values(), task.answer])):
+            if not isinstance(row.get(column), str):
                 raise ValueError(f"{where}: no text {column!r}, only {short(', '.join(row))}")
-            row[column] = "\n".join(lines)
         fields = {name: text.format(**row) for name, text in task.fields.items()}
         fields["task_id"] = row.get("task_id", row.get("id", len(rows)))
         rows.append((fields, task.answer.format(**row)))
     if len(rows) < 2:
-        raise ValueError(f"{path}: {len(rows)} examples in it: it takes two at least")
+        raise ValueError(f"{path}: {len(rows)} examples in it, 2 are the least")
     return rows
 
 
@@ -659,16 +645,15 @@ SOURCES = {
                   "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0"),
     "rte": Source(GLUE + "RTE.zip", "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee"),
 }
-# Of the tasks with answers, by file. MBPP as LoPA's authors have it, from mxeval.
+# The files of tasks with answers; MBPP's in the form that LoPA's authors have, from mxeval.
 GITHUB = "https://raw.githubusercontent.com/"
-MBPP = GITHUB + ("jabhinav/Prompt-Tuning-Strikes-Back-with-LOPA/78bb4b85f95be3587c47607133b2463ff3f99d0b/"
-                 "mxeval/mbpp_{}_release_v1.jsonl")
+LOPA = GITHUB + "jabhinav/Prompt-Tuning-Strikes-Back-with-LOPA/78bb4b85f95be3587c47607133b2463ff3f99d0b/"
 ANSWER_FILES = {
     "cruxeval.jsonl": Source(GITHUB + "facebookresearch/cruxeval/main/data/cruxeval.jsonl",
                              "8368b81047dc5014e4caf5a2f97604eff7644e0ecd7415e3ceeb184bbc2e0c96"),
-    "mbpp_train.jsonl": Source(MBPP.format("train"),
+    "mbpp_train.jsonl": Source(LOPA + "mxeval/mbpp_train_release_v1.jsonl",
                                "54557a6fc7f99d2b5dc0ded287a2f3f5de56b57de300af2588b08a3e8ccd4b3a"),
-    "mbpp_test.jsonl": Source(MBPP.format("test"),
+    "mbpp_test.jsonl": Source(LOPA + "mxeval/mbpp_test_release_v1.jsonl",
                               "a894ba16db864ca9a6485cbb300db723608e84d98bec822d2297d6164eb9223f"),
 }
 # Names under HUGGING_FACE, and the sha256 of model.safetensors where public files state one.
@@ -683,15 +668,14 @@ BROKEN = (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError) 
 def fetch(name: str, folder: Path, quiet: bool) -> None:
     """Download a task's files into `folder`, unless they are there. Raises ValueError with one line."""
     task, source = TASKS[name], SOURCES.get(name)
-    for file in [file for file in ANSWER_FILES if task.answer and file.startswith(task.folder)]:
-        source = ANSWER_FILES[file]
-        download(source.url, folder.with_name(file), source.sha256, quiet)
+    if task.answer:
+        for file in [file for file in ANSWER_FILES if file.startswith(task.folder)]:
+            download(ANSWER_FILES[file].url, folder.with_name(file), ANSWER_FILES[file].sha256, quiet)
+        return
     if source is None:
         raise ValueError(f"{name} has nowhere to be downloaded from: "
                          f"name the folder that holds {task.folder}/ with --data DIR")
     try:
-        if task.answer:
-            return
         if source.dev_ids:
             download(source.url, folder / MRPC_ROWS, source.sha256, quiet)
             download(source.dev_ids.url, folder / MRPC_DEV_IDS, source.dev_ids.sha256, quiet)

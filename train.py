@@ -237,7 +237,7 @@ class Adapted(nn.Module):
         With answers (B, max_answer), behind which is -100: the logits of each of their n tokens, right before
         it, (n, vocab_size). Logits are computed where a target stands and nowhere else.
         """
-        inputs_embeds, lengths = self.read(tokens, lengths, instance)  # (B, m + T, d)
+        inputs_embeds, lengths = self.read(tokens, lengths, instance)  # (B, m + T, d), (B,)
         if answers is None:
             last = self.gpt.hidden_at(inputs_embeds, lengths - 1)      # (B, d)
             logits = self.gpt.logits(last, self.label_ids)             # (B, labels)
@@ -448,7 +448,7 @@ def ctrl_c_noted(on: bool) -> Iterator[list]:
 
 @torch.no_grad()
 def predict(model: Adapted, split: data.Encoded) -> Tensor:
-    """Probabilities of the labels for every row, (N, labels), or the tokens of its answer, (N, max_answer)."""
+    """Of every row the labels' probabilities, (N, labels), or the tokens of an answer, (N, max_answer)."""
     model.eval()
     if split.labels.ndim == 2:
         max_answer = split.labels.shape[1]
@@ -465,11 +465,6 @@ def instance_embeddings(encoder: InstanceEncoder, split: data.Encoded) -> Tensor
 
 
 @torch.no_grad()
-def answer_loss(model: Adapted, split: data.Encoded) -> float:
-    """The mean loss of a split's answers, as `fit` has it."""
-    return every_row(split, 1, lambda batch: loss_of(model, batch).expand(len(batch), 1)).mean().item()
-
-
 def every_row(split: data.Encoded, width: int, compute: Callable[[data.Encoded], Tensor]) -> Tensor:
     """compute(batch) -> (rows, width), for all rows: (N, width). Processes share the batches."""
     order = split.lengths.argsort() if split.ragged else torch.arange(len(split), device=split.labels.device)
@@ -532,8 +527,9 @@ def baselines(config: Config, problem: "Problem") -> dict[str, float]:
     test, bare = problem.test, Adapted(None, problem.gpt, problem.encoder, problem.label_ids)
     if test.labels.ndim == 2:
         answers, counts = problem.train.labels.unique(dim=0, return_counts=True)
-        predicted = dict(majority=answers[counts.argmax()].expand_as(test.labels), zero_shot=predict(bare, test))
-        return {name: problem.accuracy(tokens, test) for name, tokens in predicted.items()}
+        commonest = answers[counts.argmax()].expand_as(test.labels)
+        return dict(majority=problem.accuracy(commonest, test),
+                    zero_shot=problem.accuracy(predict(bare, test), test))
     probe = linear_probe(problem.train.instances, problem.train.labels, test.instances)
     majority = (test.labels == problem.train.labels.bincount().argmax()).float().mean().item()
     *_, hidden_layer = fit(replace(config, quiet=True), HiddenLayerProbe(config, problem), problem)
@@ -594,9 +590,8 @@ class Problem:
         if count > N - 2:
             raise ValueError(f"--holdout {count} leaves less than 2 of {N} training rows: lower it")
         drawn = torch.randperm(N, generator=torch.Generator().manual_seed(0))
-        by_label = drawn
-        if self.train.labels.ndim == 1:
-            by_label = drawn[self.train.labels.cpu()[drawn].argsort(stable=True)]
+        labels = self.train.labels.cpu()[drawn]
+        by_label = drawn[labels.argsort(stable=True)] if labels.ndim == 1 else drawn
         held = torch.zeros(N, dtype=torch.bool)
         held[by_label[torch.arange(count) * N // count]] = True        # evenly spaced among the sorted labels
         held = held.to(self.train.labels.device)
@@ -752,8 +747,8 @@ def text_room(config: Config, gpt: GPT, encoder: InstanceEncoder, max_answer: in
     context, m = gpt.config.n_positions, config.num_virtual_tokens * (2 if config.fusion == "concat" else 1)
     m += max_answer
     if m >= context:
-        raise ValueError(f"{m} prompt tokens leave no room for text in a context of {context}: "
-                         "lower --num-virtual-tokens")
+        raise ValueError(f"{m} prompt{' and answer' * bool(max_answer)} tokens leave no room for text in a "
+                         f"context of {context}: lower --num-virtual-tokens")
     return min(context - m, encoder.gpt.config.n_positions)
 
 
@@ -997,7 +992,8 @@ def run(config: Config, resume: bool = False) -> dict:
             suffix, scores = "" if name == problem.test_name else f"_{name}", predict(model, test)
             result["accuracy" + suffix] = problem.accuracy(scores, test)
             if test.labels.ndim == 2:
-                result["loss" + suffix] = answer_loss(model, test)
+                result["loss" + suffix] = every_row(
+                    test, 1, lambda batch: loss_of(model, batch).expand(len(batch), 1)).mean().item()
                 names = problem.names.get(name, range(len(test)))
                 files[f"completions{suffix}.jsonl"] = [
                     dict(task_id=name, completion=text) for name, text in zip(names, problem.texts(scores))]
