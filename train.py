@@ -1057,8 +1057,8 @@ def predict_text(text: str, folder: str, device: str, cache: str) -> None:
         complain(f"the adapter in {folder} is a control ({config.control}), made to be scored: predict with "
                  "one that was trained without --control")
     task = data.Task(**adapter["task"])
-    label = "" if task.answer else 0
-    rows = [(dict(zip(task.fields, texts)), label) for texts in read_texts(text, list(task.fields))]
+    rows = [(dict(zip(task.fields, texts)), "" if task.answer else 0)
+            for texts in read_texts(text, list(task.fields), quoted=bool(task.answer))]
     gpt, encoder, tokenizer, _ = load_frozen(config)
     model = restore(adapter, gpt, encoder, data.label_tokens(task, tokenizer).to(config.device))
     room = text_room(config, gpt, encoder, task.max_answer)
@@ -1066,11 +1066,10 @@ def predict_text(text: str, folder: str, device: str, cache: str) -> None:
     predictions = predict(model, replace(split, instances=instance_embeddings(encoder, split)))
     print("\t".join(["answer" if task.answer else "label", *task.label_names, *task.fields]))
     for (texts, _), p in zip(rows, predictions):
-        if task.answer:
-            cells = [data.decode_answer(task, p, tokenizer)]
+        if task.answer:                                                # code has line ends and tabs in it
+            print("\t".join(map(json.dumps, [data.decode_answer(task, p, tokenizer), *texts.values()])))
         else:
-            cells = [task.label_names[p.argmax()], *(f"{x:.3f}" for x in p)]
-        print("\t".join([*cells, *texts.values()]))
+            print("\t".join([task.label_names[p.argmax()], *(f"{x:.3f}" for x in p), *texts.values()]))
     if split.num_cut:
         print(f"note: {split.num_cut} of {len(split)} texts were cut to {room} tokens", file=sys.stderr)
     texts = [text for texts, _ in rows for text in texts.values()]
@@ -1079,9 +1078,10 @@ def predict_text(text: str, folder: str, device: str, cache: str) -> None:
               file=sys.stderr)
 
 
-def read_texts(source: str, fields: list[str]) -> list[list[str]]:
+def read_texts(source: str, fields: list[str], quoted: bool = False) -> list[list[str]]:
     """The texts of a file, of standard input ("-") or `source` itself: one a line, a pair with a tab between.
 
+    `quoted`: a text in double quotes is a JSON string, so that it can have several lines, as code has.
     Blanks around a text are taken off, as in training. ValueError: a path where nothing is, text that is not
     UTF-8, a line that does not have one text for each field; OSError: a folder.
     """
@@ -1103,6 +1103,8 @@ def read_texts(source: str, fields: list[str]) -> list[list[str]]:
         if len(row) != len(fields) or not all(row):
             raise ValueError(f"{where}, line {number}: {sum(map(bool, row))} texts, the task takes "
                              f"{len(fields)} ({', '.join(fields)}): one example a line, a tab within a pair")
+        if quoted:
+            row[:] = [json.loads(text) if text[0] == text[-1] == '"' else text for text in row]
     return rows
 
 

@@ -317,7 +317,10 @@ def test_a_run_leaves_completions_accuracy_and_loss(finished):
 
 def test_predict_prints_the_answer(finished, capsys):
     train.main(["--adapter", str(finished), "--predict", "the plot is not dull"])
-    assert capsys.readouterr().out == "answer\tsentence\n It was good .\tthe plot is not dull\n"
+    assert capsys.readouterr().out == 'answer\tsentence\n" It was good ."\t"the plot is not dull"\n'
+    code = "def f(x):\n\treturn x"                                      # a text of several lines is given in JSON
+    train.main(["--adapter", str(finished), "--predict", json.dumps(code)])
+    assert json.loads(capsys.readouterr().out.splitlines()[1].split("\t")[1]) == code
 
 
 @pytest.mark.parametrize("flags", ["--control blind", "--control shuffled", "--holdout 100", "--method dept", "--tune-encoder"])
