@@ -445,9 +445,9 @@ def template_ending(task: Task, tokenizer: tiktoken.Encoding) -> Tensor:
 
 
 def label_tokens(task: Task, tokenizer: tiktoken.Encoding) -> Tensor:
-    """Token ids of the label words, (number of labels,). Raises ValueError for one that is not one token.
+    """Token ids of the label words, or of what ends an answer: the end mark, then line ends, (number,).
 
-    Of a task with answers, those that end one, (n,): first the end mark, then what has a line end in it.
+    Raises ValueError for a label word that is not one token.
     """
     ids = [tokenizer.eot_token] if task.answer else []
     for token in range(tokenizer.n_vocab if task.answer and task.one_line else 0):
@@ -547,10 +547,7 @@ def read_answers(folder: Path, task: Task) -> dict[str, list[Row]]:
 
 
 def read_jsonl(path: Path, task: Task) -> list[Row]:
-    """The rows of a file with a JSON object on each line. ValueError, with file and line, for another.
-
-    A list is a text of several lines. A row has one field more, task_id: the file's, or its number.
-    """
+    """Rows, with task_id as a field more, of a JSON object a line, in which a list is a text of several."""
     if not path.is_file():
         raise ValueError(f"{path} not found: --data names the folder that holds it")
     rows = []

@@ -257,11 +257,6 @@ class Adapted(nn.Module):
             inputs_embeds = self.prompt(inputs_embeds, instance)       # (B, m + T, d)
         return inputs_embeds, lengths + inputs_embeds.shape[1] - tokens.shape[1]
 
-    def generate(self, tokens: Tensor, lengths: Tensor, instance: Tensor, max_answer: int) -> Tensor:
-        """The likeliest answers, (B, max_answer), token by token; behind the end of one, end marks."""
-        inputs_embeds, lengths = self.read(tokens, lengths, instance)
-        return self.gpt.generate(inputs_embeds, max_answer, lengths, ends=self.label_ids)
-
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
@@ -451,9 +446,10 @@ def predict(model: Adapted, split: data.Encoded) -> Tensor:
     """Of every row the labels' probabilities, (N, labels), or the tokens of an answer, (N, max_answer)."""
     model.eval()
     if split.labels.ndim == 2:
-        max_answer = split.labels.shape[1]
-        return every_row(split, max_answer, lambda batch: model.generate(
-            batch.tokens, batch.lengths, batch.instances, max_answer)).long()
+        def generate(batch: data.Encoded) -> Tensor:
+            inputs_embeds, lengths = model.read(batch.tokens, batch.lengths, batch.instances)
+            return model.gpt.generate(inputs_embeds, split.labels.shape[1], lengths, ends=model.label_ids)
+        return every_row(split, split.labels.shape[1], generate).long()
     return every_row(split, len(model.label_ids),
                      lambda batch: model(batch.tokens, batch.lengths, batch.instances)).softmax(dim=-1)
 
@@ -469,8 +465,7 @@ def every_row(split: data.Encoded, width: int, compute: Callable[[data.Encoded],
     """compute(batch) -> (rows, width), for all rows: (N, width). Processes share the batches."""
     order = split.lengths.argsort() if split.ragged else torch.arange(len(split), device=split.labels.device)
     process, num_processes = rank_and_world_size()
-    # Of answers fewer at a time: their logits are of all tokens, or their keys and values are kept.
-    mine = order.split(256 if split.labels.ndim == 1 else 64)[process::num_processes]
+    mine = order.split(256 if split.labels.ndim == 1 else 64)[process::num_processes]  # answers take memory
     result = torch.zeros(len(split), width, device=order.device)
     for rows, batch in zip(mine, batches(split, mine)):
         result[rows] = compute(batch).float()
@@ -520,10 +515,7 @@ class HiddenLayerProbe(nn.Module):
 
 
 def baselines(config: Config, problem: "Problem") -> dict[str, float]:
-    """Accuracies without a method: of the commonest label, the bare model, h without the model.
-
-    Of answers, those of the commonest one and of the bare model.
-    """
+    """Accuracies without a method: of the commonest label or answer, the bare model, h without the model."""
     test, bare = problem.test, Adapted(None, problem.gpt, problem.encoder, problem.label_ids)
     if test.labels.ndim == 2:
         answers, counts = problem.train.labels.unique(dim=0, return_counts=True)
@@ -987,16 +979,16 @@ def run(config: Config, resume: bool = False) -> dict:
             advice = f"to go on from the last checkpoint: {COMMAND} --resume {folder}"
             message = f"{str(error) or 'interrupted'}; {advice if kept else 'nothing was saved yet'}"
             raise type(error)(message) from None
-        files = {}
         for name, test in problem.tests.items():
             suffix, scores = "" if name == problem.test_name else f"_{name}", predict(model, test)
             result["accuracy" + suffix] = problem.accuracy(scores, test)
             if test.labels.ndim == 2:
                 result["loss" + suffix] = every_row(
                     test, 1, lambda batch: loss_of(model, batch).expand(len(batch), 1)).mean().item()
-                names = problem.names.get(name, range(len(test)))
-                files[f"completions{suffix}.jsonl"] = [
-                    dict(task_id=name, completion=text) for name, text in zip(names, problem.texts(scores))]
+                answers = zip(problem.names.get(name, range(len(test))), problem.texts(scores))
+                if is_first_process():
+                    data.save_file(folder / f"completions{suffix}.jsonl",
+                                   [dict(task_id=task_id, completion=text) for task_id, text in answers])
             if "f1" in data.TASKS[config.task].metrics:
                 result["f1" + suffix] = data.f1(scores.argmax(dim=-1), test.labels)
             if problem.kinds:                                          # the sample has one dev split
@@ -1008,8 +1000,6 @@ def run(config: Config, resume: bool = False) -> dict:
             data.save_file(folder / "adapter.pt", saved(config, model, problem))
             data.save_file(folder / "metrics.jsonl", [depends_on, *metrics])
             data.save_file(folder / "result.json", result)
-            for name, content in files.items():
-                data.save_file(folder / name, content)
             killed = folder.glob(f"{NEW_CHECKPOINT}.*.part")           # half files, of processes that were
             for path in [*(folder / name for name in (*CHECKPOINTS, NEW_CHECKPOINT)), *killed]:
                 path.unlink(missing_ok=True)
