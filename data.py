@@ -15,6 +15,7 @@ it, and not which word came last. Neither side has the label; together they do. 
 negations, so that "I have not seen this word" does not yet mean "turn the meaning round".
 """
 
+import ast
 import hashlib
 import io
 import json
@@ -24,15 +25,17 @@ import secrets
 import shutil
 import ssl
 import time
+import warnings
 import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import cache
 from http.client import HTTPException
 from pathlib import Path
+from pprint import pformat
 from typing import BinaryIO
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
@@ -40,7 +43,10 @@ from urllib.request import Request, urlopen
 import tiktoken
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
+
+from model import parse_object
 
 # -----------------------------------------------------------------------------------------------------------
 # The world: words, clauses, sentences, documents. Polarity is 0 (negative) or 1 (positive).
@@ -60,7 +66,7 @@ PLAIN, NEGATED, INTENSIFIED = range(3)
 BEFORE_ADJECTIVE = ([""], ["not ", "not very ", "hardly "], ["very ", "truly "])
 BEFORE_VERB = ([""], ["never ", "rarely "], ["always ", "really "])
 BEFORE_PHRASE = ([""], ["not ", "hardly "], ["truly ", "really "])
-NEGATIONS = {"not", "hardly", "never", "rarely"}
+NEGATIONS, INTENSIFIERS = {"not", "hardly", "never", "rarely"}, {"very", "truly", "always", "really"}
 
 
 def clause(rng: random.Random, polarity: int, manner: int = PLAIN) -> str:
@@ -138,29 +144,35 @@ def document(rng: random.Random, avoid: set[str]) -> str:
 # -----------------------------------------------------------------------------------------------------------
 # Tasks. To add your own, add one entry to TASKS and name the folder of its files with --data.
 
-Row = tuple[dict[str, str], int]         # the fields of one example by name, and the index of its label
+Row = tuple[dict[str, str], int | str]   # the fields of one example by name; its label's index, or its answer
 
 
 @dataclass(frozen=True)
 class Task:
-    """A classification task as text: the label is the word that the model puts after the template."""
+    """A task as text: what the model puts after the template is one of a few words, or an answer of many."""
 
     folder: str                          # DIR/folder/train.tsv and dev.tsv hold the files of `--data DIR`
     fields: dict[str, str]               # name in the template -> column of the text, by header name
-    template: str                        # ends where the label word comes next
-    label_words: dict[str, str]          # label in the file -> its word, one token with its leading space
-    label_names: tuple[str, ...]         # for people, in the order of label_words
+    template: str                        # ends where the label word or the answer comes next
+    label_words: dict[str, str] = field(default_factory=dict)   # label in the file -> its word, one token
+    label_names: tuple[str, ...] = ()    # for people, in the order of label_words
     label_field: str = "label"           # column of the label, by header name
     dev_splits: tuple[str, ...] = ("dev",)      # names of the files to score on, without .tsv
     metrics: tuple[str, ...] = ("accuracy",)
     skip_short_rows: bool = False        # a row with too few columns is left out and counted, not an error
     sample: Callable[[], tuple[list[Row], list[Row]]] | None = None  # built-in train and dev rows
     kind: Callable[[dict[str, str]], str] | None = None              # of a sample's example, to score apart
+    # Instead of label words. The files are DIR/folder_train.jsonl and so on, or DIR/folder.jsonl for both.
+    answer: str = ""                     # as `fields` then are, a text with columns of the file in braces
+    max_answer: int = 0                  # tokens of the answer and its end mark; a longer one is cut
+    one_line: bool = True                # the answer also ends where its line does
+    by_value: bool = False               # the same Python value is right, whatever its text
 
     def __post_init__(self):
         """ValueError for an entry that cannot work, of yours or in an adapter's file."""
         texts = [self.folder, self.template, self.label_field, *self.label_names, *self.dev_splits]
-        for mapping in (self.fields, self.label_words):
+        texts += [self.answer] if self.answer else []
+        for mapping in (self.fields,) if self.answer else (self.fields, self.label_words):
             if not isinstance(mapping, dict) or not mapping:
                 raise ValueError(f"task {self.folder}: fields and label_words have to be dictionaries")
             texts += [*mapping, *mapping.values()]
@@ -173,6 +185,8 @@ class Task:
         if len(self.label_names) != len(self.label_words):
             raise ValueError(f"task {self.folder}: {len(self.label_names)} label_names for "
                              f"{len(self.label_words)} label_words")
+        if self.answer and (self.label_words or type(self.max_answer) is not int or self.max_answer < 2):
+            raise ValueError(f"task {self.folder}: an answer needs a max_answer above 1, and no label_words")
 
 
 @cache
@@ -201,6 +215,19 @@ def rte_sample(n_train: int = 4000, n_dev: int = 872, seed: int = 0) -> tuple[li
         rows.setdefault((first, second), label)
     examples = [({"a": first, "b": second}, label) for (first, second), label in rows.items()]
     return examples[n_dev:], examples[:n_dev]
+
+
+VERDICTS = (("bad", "terrible", "awful"), ("good", "great", "wonderful"))     # weak, plain, strong
+
+
+def rewrite_sample() -> tuple[list[Row], ...]:
+    """sst2's sentences in short, "the plot is not dull" -> " It was good .". How strong they are, h tells."""
+    def answer(fields: dict[str, str], label: int) -> str:
+        words = set(fields["sentence"].split())
+        strength = 0 if words & NEGATIONS else 1 + bool(words & INTENSIFIERS)
+        return f" It was {VERDICTS[label][strength]} ."
+
+    return tuple([(fields, answer(fields, label)) for fields, label in rows] for rows in sst2_sample())
 
 
 # GLUE's tasks. A GPT predicts what comes last, so the label word ends every template. The released code
@@ -241,7 +268,26 @@ TASKS = {
         label_words=NO_YES, label_names=("not entailment", "entailment"),
         sample=rte_sample, kind=kind_of_sentence,
     ),
+    # Answers of several tokens. No code that a model writes is ever run.
+    "rewrite": Task(
+        folder="rewrite", fields={"sentence": "{sentence}"}, template="{sentence} .", answer="{answer}",
+        max_answer=8, sample=rewrite_sample, kind=kind_of_sentence,
+    ),
+    "cruxeval_o": Task(
+        folder="cruxeval", fields={"code": "{code}", "input": "{input}"}, dev_splits=("test",),
+        template="{code}\nassert f({input}) ==", answer=" {output}", max_answer=64, by_value=True,
+    ),
+    "cruxeval_i": Task(                  # its score is a lower bound: other inputs may give the output too
+        folder="cruxeval", fields={"code": "{code}", "output": "{output}"}, dev_splits=("test",),
+        template="{code}\nassert {output} == f", answer="({input})", max_answer=128,
+    ),
+    "mbpp": Task(
+        folder="mbpp", fields={"prompt": "{prompt}"}, template="{prompt}", dev_splits=("test",),
+        answer="{canonical_solution}", max_answer=256, one_line=False,
+    ),
 }
+# The same from Google's mbpp.jsonl, whose README says: "Task IDs 11-510 are used for evaluation".
+GOOGLE_MBPP = dict(fields={"prompt": '"""\n{text}\n{test_list}\n"""\n'}, answer="{code}")
 
 
 def pretraining_text(n_documents: int = 20_000, seed: int = 1) -> str:
@@ -276,7 +322,8 @@ def learn_tokenizer(text: str) -> tiktoken.Encoding:
                 if (piece[i], piece[i + 1]) == (left, right):
                     piece[i:i + 2] = [left + right]
                 i += 1
-    return tiktoken.Encoding("tiny", pat_str=WORD, mergeable_ranks=ranks, special_tokens={})
+    end = {"<|endoftext|>": ranks[b"\n"]}                              # the tiny GPT's documents end so
+    return tiktoken.Encoding("tiny", pat_str=WORD, mergeable_ranks=ranks, special_tokens=end)
 
 
 def tiny_tokenizer(text: str) -> tiktoken.Encoding:
@@ -315,7 +362,7 @@ class Encoded:
 
     tokens: Tensor                       # (N, T) int64
     lengths: Tensor                      # (N,)
-    labels: Tensor                       # (N,) indices into task.label_words
+    labels: Tensor                       # (N,) indices into task.label_words; (N, max_answer) of answers
     num_cut: int = 0                     # texts that did not fit and were shortened
     instances: Tensor | None = None      # (N, d_h) instance embeddings h, once they are computed
 
@@ -365,8 +412,31 @@ def encode(task: Task, rows: list[Row], tokenizer: tiktoken.Encoding, max_length
     padded = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
     for i, (tokens, _) in enumerate(encoded):
         padded[i, :len(tokens)] = torch.tensor(tokens)
-    labels = torch.tensor([label for _, label in rows])
-    return Encoded(padded, lengths, labels, sum(cut for _, cut in encoded))
+    labels = [encode_answer(task, y, tokenizer) if task.answer else torch.tensor(y) for _, y in rows]
+    return Encoded(padded, lengths, torch.stack(labels), sum(cut for _, cut in encoded))
+
+
+def encode_answer(task: Task, answer: str, tokenizer: tiktoken.Encoding) -> Tensor:
+    """The tokens of an answer and the end mark, (max_answer,); behind them -100, which is no token."""
+    tokens = [*tokenizer.encode_ordinary(answer), tokenizer.eot_token][:task.max_answer]
+    return F.pad(torch.tensor(tokens), (0, task.max_answer - len(tokens)), value=-100)
+
+
+def decode_answer(task: Task, tokens: Tensor, tokenizer: tiktoken.Encoding) -> str:
+    """The text of an answer, encoded or generated, (max_answer,), up to where it ends."""
+    ended = ((tokens < 0) | (tokens == tokenizer.eot_token)).cumsum(dim=0)
+    text = tokenizer.decode(tokens[ended == 0].tolist())
+    return text.partition("\n")[0] if task.one_line else text
+
+
+def same_answer(task: Task, given: str, wanted: str) -> bool:
+    """Whether an answer is right: as a text, blanks behind it apart, or as a Python value. Nothing is run."""
+    no_value = suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
+    if task.by_value:
+        with no_value, warnings.catch_warnings(action="ignore"):       # of a "\\d" that a model wrote
+            # Written anew, in one order, they are equal if values and types are: not 1 and True, as with ==.
+            given, wanted = (pformat(ast.literal_eval(text.strip()), width=1) for text in (given, wanted))
+    return given.rstrip() == wanted.rstrip()
 
 
 def template_ending(task: Task, tokenizer: tiktoken.Encoding) -> Tensor:
@@ -375,8 +445,13 @@ def template_ending(task: Task, tokenizer: tiktoken.Encoding) -> Tensor:
 
 
 def label_tokens(task: Task, tokenizer: tiktoken.Encoding) -> Tensor:
-    """Token ids of the label words, (number of labels,). Raises ValueError for one that is not one token."""
-    ids = []
+    """Token ids of the label words, or of what ends an answer: the end mark, then line ends, (number,).
+
+    Raises ValueError for a label word that is not one token.
+    """
+    ids = [tokenizer.eot_token] if task.answer else []
+    for token in range(tokenizer.n_vocab if task.answer and task.one_line else 0):
+        ids += [token] if "\n" in tokenizer.decode([token]) else []
     for label, word in task.label_words.items():
         tokens = tokenizer.encode_ordinary(word)
         if len(tokens) != 1:
@@ -416,12 +491,13 @@ def load_task(name: str, data_dir: str | None, max_train: int | None = None, *, 
         train, dev_rows = task.sample()
         dev, source = {"dev": dev_rows}, "built-in sample, not GLUE"
     else:
-        folder = (Path(cache_dir, "GLUE") if data_dir is None else Path(data_dir)) / task.folder
+        folder = Path(cache_dir, "" if task.answer else "GLUE") if data_dir is None else Path(data_dir)
+        folder /= task.folder
         if data_dir is None:
             fetch(name, folder, quiet)
         dev, skipped = read_folder(folder, task)
         train = dev.pop("train")
-        source = published.url if data_dir is None else str(folder)
+        source = published.url if published and data_dir is None else str(folder)
         source += f", {skipped} incomplete rows skipped" if skipped else ""
     if max_train is not None and max_train < len(train):
         train = random.Random(0).sample(train, max_train)              # not the first: files may be sorted
@@ -430,6 +506,8 @@ def load_task(name: str, data_dir: str | None, max_train: int | None = None, *, 
 
 def read_folder(folder: Path, task: Task) -> tuple[dict[str, list[Row]], int]:
     """(rows of "train" and of each dev split, number of rows skipped) of one task's files."""
+    if task.answer:
+        return read_answers(folder, task), 0
     if (folder / MRPC_ROWS).exists() and not (folder / "train.tsv").exists():
         return read_published_mrpc(folder, task)
     files = {split: read_tsv(folder / f"{split}.tsv", task) for split in ("train", *task.dev_splits)}
@@ -452,6 +530,39 @@ def read_published_mrpc(folder: Path, task: Task) -> tuple[dict[str, list[Row]],
         raise ValueError(f"{path}: {len(splits['dev'])} of {len(rows)} rows are listed, so one split is "
                          f"empty: it needs two ids on a line, as {url} has them")
     return splits, skipped
+
+
+def read_answers(folder: Path, task: Task) -> dict[str, list[Row]]:
+    """The rows of FOLDER_train.jsonl and so on. Those of one FOLDER.jsonl are halved, with a fixed seed."""
+    whole, splits = folder.with_name(f"{folder.name}.jsonl"), ("train", *task.dev_splits)
+    if not whole.exists():
+        return {split: read_jsonl(folder.with_name(f"{folder.name}_{split}.jsonl"), task) for split in splits}
+    if folder.name == "mbpp":
+        rows = read_jsonl(whole, replace(task, **GOOGLE_MBPP))
+        scored = [row for row in rows if row[0]["task_id"] in range(11, 511)]
+    else:                                # CruxEval, which has no splits: 400 and 400 functions
+        rows = read_jsonl(whole, task)
+        scored = random.Random(0).sample(rows, len(rows) // 2)
+    return {"train": [row for row in rows if row not in scored], task.dev_splits[0]: scored}
+
+
+def read_jsonl(path: Path, task: Task) -> list[Row]:
+    """Rows, with task_id as a field more, of a JSON object a line, in which a list is a text of several."""
+    if not path.is_file():
+        raise ValueError(f"{path} not found: --data names the folder that holds it")
+    rows = []
+    for where, cells in read_lines(path):
+        row = {column: "\n".join(map(str, text)) if isinstance(text, list) else text
+               for column, text in parse_object("\t".join(cells).encode(), where).items()}
+        for column in re.findall(r"{(.*?)}", "".join([*task.fields.values(), task.answer])):
+            if not isinstance(row.get(column), str):
+                raise ValueError(f"{where}: no text {column!r}, only {short(', '.join(row))}")
+        fields = {name: text.format(**row) for name, text in task.fields.items()}
+        fields["task_id"] = row.get("task_id", row.get("id", len(rows)))
+        rows.append((fields, task.answer.format(**row)))
+    if len(rows) < 2:
+        raise ValueError(f"{path}: {len(rows)} examples in it, 2 are the least")
+    return rows
 
 
 def read_tsv(path: Path, task: Task) -> tuple[list[Row], int]:
@@ -531,6 +642,17 @@ SOURCES = {
                   "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0"),
     "rte": Source(GLUE + "RTE.zip", "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee"),
 }
+# The files of tasks with answers; MBPP's in the form that LoPA's authors have, from mxeval.
+GITHUB = "https://raw.githubusercontent.com/"
+LOPA = GITHUB + "jabhinav/Prompt-Tuning-Strikes-Back-with-LOPA/78bb4b85f95be3587c47607133b2463ff3f99d0b/"
+ANSWER_FILES = {
+    "cruxeval.jsonl": Source(GITHUB + "facebookresearch/cruxeval/main/data/cruxeval.jsonl",
+                             "8368b81047dc5014e4caf5a2f97604eff7644e0ecd7415e3ceeb184bbc2e0c96"),
+    "mbpp_train.jsonl": Source(LOPA + "mxeval/mbpp_train_release_v1.jsonl",
+                               "54557a6fc7f99d2b5dc0ded287a2f3f5de56b57de300af2588b08a3e8ccd4b3a"),
+    "mbpp_test.jsonl": Source(LOPA + "mxeval/mbpp_test_release_v1.jsonl",
+                              "a894ba16db864ca9a6485cbb300db723608e84d98bec822d2297d6164eb9223f"),
+}
 # Names under HUGGING_FACE, and the sha256 of model.safetensors where public files state one.
 GPT2_MODELS = {"gpt2": "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
                "gpt2-medium": None, "gpt2-large": None, "gpt2-xl": None}
@@ -543,6 +665,10 @@ BROKEN = (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError) 
 def fetch(name: str, folder: Path, quiet: bool) -> None:
     """Download a task's files into `folder`, unless they are there. Raises ValueError with one line."""
     task, source = TASKS[name], SOURCES.get(name)
+    if task.answer:
+        for file in [file for file in ANSWER_FILES if file.startswith(task.folder)]:
+            download(ANSWER_FILES[file].url, folder.with_name(file), ANSWER_FILES[file].sha256, quiet)
+        return
     if source is None:
         raise ValueError(f"{name} has nowhere to be downloaded from: "
                          f"name the folder that holds {task.folder}/ with --data DIR")

@@ -49,10 +49,11 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, past: list[Tensor] | None = None) -> Tensor:
+    def forward(self, x: Tensor, past: list[Tensor] | None = None, real: Tensor | None = None) -> Tensor:
         """x (B, T, d) -> (B, T, d).
 
         `past`, when generating, holds the keys and values of the positions before x; those of x join them.
+        If some of those are padding, `real` (B, past + 1) tells which are not.
         """
         B, T, d = x.shape
         parts = self.c_attn(x).split(d, dim=2)                         # three of (B, T, d)
@@ -64,8 +65,9 @@ class Attention(nn.Module):
         if past is not None:
             past[:] = k, v
         # Causal, and padding stands on the right: no real token can see it, so no other mask is needed.
-        # A single position is the last one and sees everything.
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)   # (B, n_head, T, d / n_head)
+        # A single position is the last one and sees everything that is real.
+        mask = None if real is None else real[:, None, None]           # (B, 1, 1, past + 1)
+        x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=T > 1)     # (B, n_head, T, d / n_head)
         return self.c_proj(x.transpose(1, 2).flatten(2))               # heads side by side again: (B, T, d)
 
 
@@ -87,9 +89,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, past: list[Tensor] | None = None) -> Tensor:
-        """x (B, T, d) -> (B, T, d); `past` is the attention's."""
-        x = x + self.attn(self.ln_1(x), past)
+    def forward(self, x: Tensor, past: list[Tensor] | None = None, real: Tensor | None = None) -> Tensor:
+        """x (B, T, d) -> (B, T, d); `past` and `real` are the attention's."""
+        x = x + self.attn(self.ln_1(x), past, real)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -137,12 +139,13 @@ class GPT(nn.Module):
         return self.wte(tokens)
 
     def hidden(self, inputs_embeds: Tensor, num_blocks: int | None = None,
-               past: list[list[Tensor]] | None = None) -> Tensor:
+               past: list[list[Tensor]] | None = None, real: Tensor | None = None) -> Tensor:
         """Embedded input (B, T, d) -> last hidden states (B, T, d). A prompt in front shifts the text.
 
         With `num_blocks`, the raw states after that many blocks. `past`, at first an empty list per block,
-        fills with keys and values; from then on the input is the one next position. ValueError: it is more
-        than that, or longer than the context.
+        fills with keys and values; from then on the input is the one next position. Where rows of the past
+        were padded, `real` (B, past + 1) tells which of its positions, and the next one, are not padding.
+        ValueError: the input is more than one position then, or longer than the context.
         """
         T = inputs_embeds.shape[1]
         start = past[0][0].shape[2] if past and past[0] else 0
@@ -151,21 +154,25 @@ class GPT(nn.Module):
                              "lower num_virtual_tokens or cut the text")
         if start and T > 1:
             raise ValueError(f"{T} positions after a past of {start}: pass them one by one")
-        x = inputs_embeds + self.wpe.weight[start:start + T]           # (B, T, d) + (T, d)
+        # (T,), or (B, 1): a row's next position is as far as it has real ones, wherever its padding stands.
+        positions = slice(start, start + T) if real is None else real.sum(dim=1, keepdim=True) - 1
+        x = inputs_embeds + self.wpe.weight[positions]                 # (B, T, d) + (T, d) or (B, 1, d)
         for block, block_past in zip(self.h[:num_blocks], past or [None] * len(self.h)):
-            x = block(x, block_past)
+            x = block(x, block_past, real)
         return self.ln_f(x) if num_blocks is None else x
 
-    def hidden_at(self, inputs_embeds: Tensor, positions: Tensor) -> Tensor:
+    def hidden_at(self, inputs_embeds: Tensor, positions: Tensor, rows: Tensor | None = None) -> Tensor:
         """The same as `hidden(...)` at one position per row, (B, T, d), (B,) -> (B, d), for less work.
 
-        Nobody sees the last block's states elsewhere, so its MLP, its largest part, runs on B tokens alone.
+        Or at n positions of any rows: positions (n,), rows (n,) -> (n, d). Nobody sees the last block's
+        states elsewhere, so its MLP, its largest part, runs on these tokens alone.
         """
         last = self.h[-1]
         x = self.hidden(inputs_embeds, num_blocks=len(self.h) - 1)     # (B, T, d)
         x = x + last.attn(last.ln_1(x))                                # (B, T, d)
-        x = x[torch.arange(len(x), device=x.device), positions]        # (B, d)
-        x = x + last.mlp(last.ln_2(x))                                 # (B, d)
+        rows = torch.arange(len(x), device=x.device) if rows is None else rows
+        x = x[rows, positions]                                         # (B, d) or (n, d)
+        x = x + last.mlp(last.ln_2(x))
         return self.ln_f(x)
 
     def logits(self, hidden: Tensor, only: Tensor | None = None) -> Tensor:
@@ -182,11 +189,13 @@ class GPT(nn.Module):
         return self.logits(self.hidden(self.embed(tokens)))
 
     @torch.no_grad()
-    def generate(self, inputs_embeds: Tensor, max_new_tokens: int) -> Tensor:
+    def generate(self, inputs_embeds: Tensor, max_new_tokens: int, lengths: Tensor | None = None,
+                 ends: Tensor | None = None) -> Tensor:
         """Embedded input (B, T, d), with a prompt or not -> the likeliest next tokens (B, max_new_tokens).
 
-        All rows have the same length, because the next token is read at the last position; generate unequal
-        ones apart. ValueError: the input is empty, or does not fit the context together with the new tokens.
+        Rows of different lengths (B,) are padded on the right. A row that has come to one of the tokens
+        `ends` (n,) is over, and ends[0] fills what is left of it. ValueError: the input is empty, or does not
+        fit the context together with the new tokens.
         """
         B, T, _ = inputs_embeds.shape
         if T == 0:
@@ -194,12 +203,25 @@ class GPT(nn.Module):
         if T + max_new_tokens > self.config.n_positions:
             raise ValueError(f"{T} input + {max_new_tokens} new tokens > context {self.config.n_positions}: "
                              "lower max_new_tokens or cut the input")
-        tokens = torch.empty(B, 0, dtype=torch.long, device=inputs_embeds.device)
-        past = [[] for _ in self.h]
-        for _ in range(max_new_tokens):
-            last = self.hidden(inputs_embeds, past=past)[:, -1]        # (B, d)
-            tokens = torch.cat([tokens, self.logits(last).argmax(dim=-1, keepdim=True)], dim=1)
-            inputs_embeds = self.embed(tokens[:, -1:])                 # (B, 1, d): the rest is in `past`
+        if ends is None:
+            ends = torch.zeros(0, dtype=torch.long, device=inputs_embeds.device)
+        tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=inputs_embeds.device)
+        over = torch.zeros(B, dtype=torch.bool, device=tokens.device)
+        past, rows = [[] for _ in range(self.config.n_layer)], torch.arange(B, device=tokens.device)
+        last, real = torch.full_like(rows, T - 1) if lengths is None else lengths - 1, None
+        for i in range(max_new_tokens):
+            states = self.hidden(inputs_embeds, past=past, real=real)          # (B, T, d), then (B, 1, d)
+            tokens[:, i] = self.logits(states[rows, last]).argmax(dim=-1)
+            tokens[over, i] = ends[:1]
+            over |= torch.isin(tokens[:, i], ends)
+            if over.all():
+                tokens[:, i + 1:] = ends[:1]
+                break
+            inputs_embeds = self.embed(tokens[:, i:i + 1])             # (B, 1, d): the rest is in `past`
+            if lengths is not None:                                    # new ones stand after the padding
+                real = torch.arange(T + i + 1, device=rows.device)
+                real = (real < lengths[:, None]) | (real >= T)         # (B, T + i + 1)
+            last = torch.zeros_like(rows)                              # the only position of the next input
         return tokens
 
     def fingerprint(self) -> str:

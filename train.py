@@ -35,7 +35,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -200,7 +200,7 @@ class Adapted(nn.Module):
 
     config.method: a key of lopa.METHODS, or "lora" or "full"; without a config the model is bare, zero-shot.
     LoRA, full fine-tuning and a tuned encoder work on copies, the latter two in float32: `gpt` and `encoder`
-    themselves never change. label_ids: (labels,), tokens.
+    themselves never change. label_ids: (labels,), tokens; of a task with answers those that end one.
     """
 
     def __init__(self, config: Config | None, gpt: GPT, encoder: InstanceEncoder, label_ids: Tensor):
@@ -230,20 +230,32 @@ class Adapted(nn.Module):
                 p.requires_grad_(p.grad is not None).grad = None
         self.to(label_ids.device)
 
-    def forward(self, tokens: Tensor, lengths: Tensor, instance: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, lengths: Tensor, instance: Tensor,
+                answers: Tensor | None = None) -> Tensor:
         """Tokens (B, T), lengths (B,), h (B, d_h) -> label words' logits at the last real token, (B, labels).
 
-        Logits are computed where a target stands and nowhere else: at B positions instead of B (m + T).
+        With answers (B, max_answer), behind which is -100: the logits of each of their n tokens, right before
+        it, (n, vocab_size). Logits are computed where a target stands and nowhere else.
         """
+        inputs_embeds, lengths = self.read(tokens, lengths, instance)  # (B, m + T, d), (B,)
+        if answers is None:
+            last = self.gpt.hidden_at(inputs_embeds, lengths - 1)      # (B, d)
+            logits = self.gpt.logits(last, self.label_ids)             # (B, labels)
+        else:
+            rows, i = (answers >= 0).nonzero(as_tuple=True)            # (n,): token i of a row's answer
+            inputs_embeds = F.pad(inputs_embeds, (0, 0, 0, int(i.max()) + 1))
+            inputs_embeds[rows, lengths[rows] + i] = self.gpt.embed(answers[rows, i])
+            logits = self.gpt.logits(self.gpt.hidden_at(inputs_embeds, lengths[rows] + i - 1, rows))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))     # bfloat16 is coarse
+
+    def read(self, tokens: Tensor, lengths: Tensor, instance: Tensor) -> tuple[Tensor, Tensor]:
+        """What the frozen model reads, (B, m + T, d), and how much of it is prompt and text, (B,)."""
         if self.encoder is not None:
             instance = self.encoder(tokens, lengths)
         inputs_embeds = self.gpt.embed(tokens)                         # (B, T, d)
         if self.prompt is not None:
             inputs_embeds = self.prompt(inputs_embeds, instance)       # (B, m + T, d)
-        m = inputs_embeds.shape[1] - tokens.shape[1]
-        last = self.gpt.hidden_at(inputs_embeds, m + lengths - 1)      # (B, d)
-        logits = self.gpt.logits(last, self.label_ids)                 # (B, labels)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))     # bfloat16 is coarse
+        return inputs_embeds, lengths + inputs_embeds.shape[1] - tokens.shape[1]
 
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
@@ -301,8 +313,7 @@ def fit(config: Config, model: Adapted, problem: "Problem", folder: Path | None 
                 advice = (f"of {total_steps}, learning rate {config.lr * factor:.2e}: "
                           f"start again with a lower {rates}")
                 dropout.manual_seed((config.seed * total_steps + step - 1) * num_processes + process)
-                logits = forward(batch.tokens, batch.lengths, batch.instances)         # (B, labels)
-                loss = F.cross_entropy(logits, batch.labels)           # over the label words alone
+                loss = loss_of(forward, batch)
                 optimizer.zero_grad()
                 (loss * share).backward()
                 nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -315,7 +326,7 @@ def fit(config: Config, model: Adapted, problem: "Problem", folder: Path | None 
                     progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
                 if step == last_step:
                     mean_loss = per_process(losses).sum().item() / len(split)
-                    score = accuracy(predict(model, problem.test), problem.test.labels)
+                    score = problem.accuracy(predict(model, problem.test), problem.test)
                     seconds, losses = time.time() - began, []
                     metrics.append(dict(epoch=epoch, loss=mean_loss, accuracy=score, seconds=seconds))
                     config.say(f"epoch {epoch}/{config.epochs}: loss {mean_loss:.4f}, {problem.test_name} "
@@ -328,6 +339,16 @@ def fit(config: Config, model: Adapted, problem: "Problem", folder: Path | None 
                 if pressed:
                     raise KeyboardInterrupt(f"interrupted at step {step} of {total_steps}")
     return metrics
+
+
+def loss_of(forward: Callable[..., Tensor], batch: data.Encoded) -> Tensor:
+    """Cross entropy over the label words alone; or of every token of an answer, its mean first by example."""
+    inputs = (batch.tokens, batch.lengths, batch.instances)
+    if batch.labels.ndim == 1:
+        return F.cross_entropy(forward(*inputs), batch.labels)         # (B, labels), (B,)
+    real = batch.labels >= 0                                           # (B, max_answer)
+    losses = F.cross_entropy(forward(*inputs, batch.labels), batch.labels[real], reduction="none")     # (n,)
+    return (losses * (real / real.sum(dim=1, keepdim=True))[real]).sum() / len(batch)
 
 
 def parameter_groups(config: Config, model: Adapted) -> list[dict]:
@@ -422,8 +443,13 @@ def ctrl_c_noted(on: bool) -> Iterator[list]:
 
 @torch.no_grad()
 def predict(model: Adapted, split: data.Encoded) -> Tensor:
-    """Probabilities of the labels for every row, (N, labels)."""
+    """Of every row the labels' probabilities, (N, labels), or the tokens of an answer, (N, max_answer)."""
     model.eval()
+    if split.labels.ndim == 2:
+        def generate(batch: data.Encoded) -> Tensor:
+            inputs_embeds, lengths = model.read(batch.tokens, batch.lengths, batch.instances)
+            return model.gpt.generate(inputs_embeds, split.labels.shape[1], lengths, ends=model.label_ids)
+        return every_row(split, split.labels.shape[1], generate).long()
     return every_row(split, len(model.label_ids),
                      lambda batch: model(batch.tokens, batch.lengths, batch.instances)).softmax(dim=-1)
 
@@ -434,11 +460,12 @@ def instance_embeddings(encoder: InstanceEncoder, split: data.Encoded) -> Tensor
     return every_row(split, len(encoder.mean), lambda batch: encoder(batch.tokens, batch.lengths))
 
 
+@torch.no_grad()
 def every_row(split: data.Encoded, width: int, compute: Callable[[data.Encoded], Tensor]) -> Tensor:
     """compute(batch) -> (rows, width), for all rows: (N, width). Processes share the batches."""
     order = split.lengths.argsort() if split.ragged else torch.arange(len(split), device=split.labels.device)
     process, num_processes = rank_and_world_size()
-    mine = order.split(256)[process::num_processes]
+    mine = order.split(256 if split.labels.ndim == 1 else 64)[process::num_processes]  # answers take memory
     result = torch.zeros(len(split), width, device=order.device)
     for rows, batch in zip(mine, batches(split, mine)):
         result[rows] = compute(batch).float()
@@ -452,9 +479,9 @@ def accuracy(probabilities: Tensor, labels: Tensor) -> float:
     return (probabilities.argmax(dim=-1).cpu() == labels.cpu()).float().mean().item()
 
 
-def accuracy_by_kind(problem: "Problem", probabilities: Tensor) -> dict[str, float]:
-    """Accuracy of the sample's dev rows, (N, labels), for each kind of sentence by itself."""
-    right = (probabilities.argmax(dim=-1) == problem.test.labels).tolist()
+def accuracy_by_kind(problem: "Problem", predictions: Tensor) -> dict[str, float]:
+    """Accuracy of what was predicted of the sample's dev rows, for each kind of sentence by itself."""
+    right = problem.right(predictions, problem.test).tolist()
     return {kind: statistics.fmean(r for r, k in zip(right, problem.kinds) if k == kind)
             for kind in sorted(set(problem.kinds), key=len)}
 
@@ -488,8 +515,13 @@ class HiddenLayerProbe(nn.Module):
 
 
 def baselines(config: Config, problem: "Problem") -> dict[str, float]:
-    """Accuracies without a method: of the commonest label, the bare model, h without the model."""
+    """Accuracies without a method: of the commonest label or answer, the bare model, h without the model."""
     test, bare = problem.test, Adapted(None, problem.gpt, problem.encoder, problem.label_ids)
+    if test.labels.ndim == 2:
+        answers, counts = problem.train.labels.unique(dim=0, return_counts=True)
+        commonest = answers[counts.argmax()].expand_as(test.labels)
+        return dict(majority=problem.accuracy(commonest, test),
+                    zero_shot=problem.accuracy(predict(bare, test), test))
     probe = linear_probe(problem.train.instances, problem.train.labels, test.instances)
     majority = (test.labels == problem.train.labels.bincount().argmax()).float().mean().item()
     *_, hidden_layer = fit(replace(config, quiet=True), HiddenLayerProbe(config, problem), problem)
@@ -516,6 +548,9 @@ class Problem:
     data_sha256: str = ""                # of the encoded texts and labels
     pretrain_seconds: float = 0.0
     kinds: Sequence[str] = ()            # of the sample's dev sentences
+    task: data.Task | None = None        # needed for answers alone
+    tokenizer: tiktoken.Encoding | None = None
+    names: dict[str, list] = field(default_factory=dict)     # task_id of every row, by name of the split
 
     @property
     def test_name(self) -> str:
@@ -524,6 +559,19 @@ class Problem:
     @property
     def test(self) -> data.Encoded:
         return self.tests[self.test_name]
+
+    def right(self, predictions: Tensor, split: data.Encoded) -> Tensor:
+        """Which rows of a split are predicted rightly, (N,), from (N, labels) or (N, max_answer)."""
+        if split.labels.ndim == 1:
+            return predictions.argmax(dim=-1) == split.labels
+        return torch.tensor([data.same_answer(self.task, given, wanted) for given, wanted
+                             in zip(self.texts(predictions), self.texts(split.labels))])
+
+    def accuracy(self, predictions: Tensor, split: data.Encoded) -> float:
+        return self.right(predictions, split).float().mean().item()
+
+    def texts(self, answers: Tensor) -> list[str]:
+        return [data.decode_answer(self.task, tokens, self.tokenizer) for tokens in answers]
 
     def hold_out(self, count: int) -> "Problem":
         """`count` training rows as the rows to score, the others to train on; dev is not in it.
@@ -534,7 +582,8 @@ class Problem:
         if count > N - 2:
             raise ValueError(f"--holdout {count} leaves less than 2 of {N} training rows: lower it")
         drawn = torch.randperm(N, generator=torch.Generator().manual_seed(0))
-        by_label = drawn[self.train.labels.cpu()[drawn].argsort(stable=True)]
+        labels = self.train.labels.cpu()[drawn]
+        by_label = drawn[labels.argsort(stable=True)] if labels.ndim == 1 else drawn
         held = torch.zeros(N, dtype=torch.bool)
         held[by_label[torch.arange(count) * N // count]] = True        # evenly spaced among the sorted labels
         held = held.to(self.train.labels.device)
@@ -582,7 +631,7 @@ def prepare(config: Config) -> Problem:
     if len(models := set(gathered(frozen))) > 1:
         raise ValueError(f"the processes have different frozen models ({', '.join(models)}): "
                          "copy the .cache of one to all")
-    room, sha256 = text_room(config, gpt, encoder), hashlib.sha256()
+    room, sha256 = text_room(config, gpt, encoder, task.max_answer), hashlib.sha256()
 
     def encode(rows: list[data.Row]) -> data.Encoded:
         split = data.encode(task, rows, tokenizer, room)
@@ -612,7 +661,9 @@ def prepare(config: Config) -> Problem:
                          "with a word")
     sample = config.data is None and config.model == "tiny" and task.kind
     problem = Problem(gpt, encoder, label_ids, train, tests, ending, source, frozen, sha256.hexdigest()[:12],
-                      pretrain_seconds, [task.kind(texts) for texts, _ in dev_rows["dev"]] if sample else ())
+                      pretrain_seconds, [task.kind(texts) for texts, _ in dev_rows["dev"]] if sample else (),
+                      task, tokenizer, {name: [texts.get("task_id", i) for i, (texts, _) in enumerate(rows)]
+                                        for name, rows in dev_rows.items()})
     if config.holdout:
         problem = problem.hold_out(config.holdout)
     return problem.controlled(config.control, config.seed)
@@ -680,15 +731,16 @@ def fingerprint(gpt: GPT, encoder: InstanceEncoder) -> str:
     return gpt.fingerprint() + ("" if encoder.gpt is gpt else "+" + encoder.gpt.fingerprint())
 
 
-def text_room(config: Config, gpt: GPT, encoder: InstanceEncoder) -> int:
-    """How many tokens of text fit into the context behind the prompt. Raises ValueError if none do.
+def text_room(config: Config, gpt: GPT, encoder: InstanceEncoder, max_answer: int = 0) -> int:
+    """How many tokens of text fit between the prompt and the answer. Raises ValueError if none do.
 
     The same for methods without a prompt, so that all see the same texts.
     """
     context, m = gpt.config.n_positions, config.num_virtual_tokens * (2 if config.fusion == "concat" else 1)
+    m += max_answer
     if m >= context:
-        raise ValueError(f"{m} prompt tokens leave no room for text in a context of {context}: "
-                         "lower --num-virtual-tokens")
+        raise ValueError(f"{m} prompt{' and answer' * bool(max_answer)} tokens leave no room for text in a "
+                         f"context of {context}: lower --num-virtual-tokens")
     return min(context - m, encoder.gpt.config.n_positions)
 
 
@@ -929,7 +981,14 @@ def run(config: Config, resume: bool = False) -> dict:
             raise type(error)(message) from None
         for name, test in problem.tests.items():
             suffix, scores = "" if name == problem.test_name else f"_{name}", predict(model, test)
-            result["accuracy" + suffix] = accuracy(scores, test.labels)
+            result["accuracy" + suffix] = problem.accuracy(scores, test)
+            if test.labels.ndim == 2:
+                result["loss" + suffix] = every_row(
+                    test, 1, lambda batch: loss_of(model, batch).expand(len(batch), 1)).mean().item()
+                answers = zip(problem.names.get(name, range(len(test))), problem.texts(scores))
+                if is_first_process():
+                    data.save_file(folder / f"completions{suffix}.jsonl",
+                                   [dict(task_id=task_id, completion=text) for task_id, text in answers])
             if "f1" in data.TASKS[config.task].metrics:
                 result["f1" + suffix] = data.f1(scores.argmax(dim=-1), test.labels)
             if problem.kinds:                                          # the sample has one dev split
@@ -961,9 +1020,10 @@ def describe(config: Config, problem: Problem, model: Adapted, depends_on: dict)
     config.say(f"trainable: {trainable:,} of {total:,} parameters; the instance encoder is "
                + ("the model itself" if config.encoder == config.model else config.encoder)
                + (", a copy, trained and counted too" if config.tune_encoder else ", frozen"))
+    probes = (f"; on h alone a linear probe {before['linear_probe']:.3f}, one with a hidden layer "
+              f"{before['hidden_layer_probe']:.3f}" if "linear_probe" in before else "")
     config.say(f"before training, accuracy on {problem.test_name}: majority class {before['majority']:.3f}, "
-               f"zero-shot {before['zero_shot']:.3f}; on h alone a linear probe "
-               f"{before['linear_probe']:.3f}, one with a hidden layer {before['hidden_layer_probe']:.3f}")
+               f"zero-shot {before['zero_shot']:.3f}{probes}")
     return about | before | dict(trainable_parameters=trainable, total_parameters=total, device=config.device,
                                  torch=torch.__version__, pretrain_seconds=problem.pretrain_seconds)
 
@@ -987,15 +1047,19 @@ def predict_text(text: str, folder: str, device: str, cache: str) -> None:
         complain(f"the adapter in {folder} is a control ({config.control}), made to be scored: predict with "
                  "one that was trained without --control")
     task = data.Task(**adapter["task"])
-    rows = [(dict(zip(task.fields, texts)), 0) for texts in read_texts(text, list(task.fields))]
+    rows = [(dict(zip(task.fields, texts)), "" if task.answer else 0)
+            for texts in read_texts(text, list(task.fields), quoted=bool(task.answer))]
     gpt, encoder, tokenizer, _ = load_frozen(config)
     model = restore(adapter, gpt, encoder, data.label_tokens(task, tokenizer).to(config.device))
-    room = text_room(config, gpt, encoder)
+    room = text_room(config, gpt, encoder, task.max_answer)
     split = data.encode(task, rows, tokenizer, room).to(config.device)
-    probabilities = predict(model, replace(split, instances=instance_embeddings(encoder, split)))
-    print("\t".join(["label", *task.label_names, *task.fields]))
-    for (texts, _), p in zip(rows, probabilities):
-        print("\t".join([task.label_names[p.argmax()], *(f"{x:.3f}" for x in p), *texts.values()]))
+    predictions = predict(model, replace(split, instances=instance_embeddings(encoder, split)))
+    print("\t".join(["answer" if task.answer else "label", *task.label_names, *task.fields]))
+    for (texts, _), p in zip(rows, predictions):
+        if task.answer:                                                # code has line ends and tabs in it
+            print("\t".join(map(json.dumps, [data.decode_answer(task, p, tokenizer), *texts.values()])))
+        else:
+            print("\t".join([task.label_names[p.argmax()], *(f"{x:.3f}" for x in p), *texts.values()]))
     if split.num_cut:
         print(f"note: {split.num_cut} of {len(split)} texts were cut to {room} tokens", file=sys.stderr)
     texts = [text for texts, _ in rows for text in texts.values()]
@@ -1004,9 +1068,10 @@ def predict_text(text: str, folder: str, device: str, cache: str) -> None:
               file=sys.stderr)
 
 
-def read_texts(source: str, fields: list[str]) -> list[list[str]]:
+def read_texts(source: str, fields: list[str], quoted: bool = False) -> list[list[str]]:
     """The texts of a file, of standard input ("-") or `source` itself: one a line, a pair with a tab between.
 
+    `quoted`: a text in double quotes is a JSON string, so that it can have several lines, as code has.
     Blanks around a text are taken off, as in training. ValueError: a path where nothing is, text that is not
     UTF-8, a line that does not have one text for each field; OSError: a folder.
     """
@@ -1028,6 +1093,8 @@ def read_texts(source: str, fields: list[str]) -> list[list[str]]:
         if len(row) != len(fields) or not all(row):
             raise ValueError(f"{where}, line {number}: {sum(map(bool, row))} texts, the task takes "
                              f"{len(fields)} ({', '.join(fields)}): one example a line, a tab within a pair")
+        if quoted:
+            row[:] = [json.loads(text) if text[0] == text[-1] == '"' else text for text in row]
     return rows
 
 

@@ -58,18 +58,26 @@ class AnyModel(nn.Module):
         """Token ids (B, T) -> token embeddings (B, T, d)."""
         return self.language_model.get_input_embeddings()(tokens)
 
-    def hidden(self, inputs_embeds: Tensor, num_blocks: int | None = None) -> Tensor:
+    def hidden(self, inputs_embeds: Tensor, num_blocks: int | None = None, past: list[list] | None = None,
+               real: Tensor | None = None) -> Tensor:
         """Embedded input (B, T, d) -> last hidden states (B, T, d), or those after `num_blocks` blocks.
 
-        Transformers gives those after the last block with the final norm, and model.GPT without it.
+        Transformers gives those after the last block with the final norm, and model.GPT without it. `past`
+        and `real` are model.GPT's; what comes first in `past` is Transformers' cache of all blocks.
         """
-        output = self.language_model.base_model(inputs_embeds=inputs_embeds, use_cache=False,
-                                                output_hidden_states=num_blocks is not None)
+        positions = None if real is None else real.sum(dim=1, keepdim=True) - 1          # (B, 1)
+        output = self.language_model.base_model(
+            inputs_embeds=inputs_embeds, use_cache=past is not None, attention_mask=real,
+            position_ids=positions, past_key_values=past[0][0] if past and past[0] else None,
+            output_hidden_states=num_blocks is not None)
+        if past is not None:
+            past[0][:] = [output.past_key_values]
         return output.last_hidden_state if num_blocks is None else output.hidden_states[num_blocks]
 
-    def hidden_at(self, inputs_embeds: Tensor, positions: Tensor) -> Tensor:
-        """(B, T, d), one position per row (B,) -> last hidden states there, (B, d)."""
-        return self.hidden(inputs_embeds)[torch.arange(len(positions)), positions]
+    def hidden_at(self, inputs_embeds: Tensor, positions: Tensor, rows: Tensor | None = None) -> Tensor:
+        """(B, T, d), one position per row (B,), or of rows (n,) -> last hidden states there, (B or n, d)."""
+        rows = torch.arange(len(positions)) if rows is None else rows
+        return self.hidden(inputs_embeds)[rows, positions]
 
     def logits(self, hidden: Tensor, only: Tensor | None = None) -> Tensor:
         """Hidden states (..., d) -> logits (..., vocab_size), or (..., n) of the tokens `only` (n,)."""
@@ -82,17 +90,22 @@ class AnyModel(nn.Module):
         """Token ids (B, T) -> logits (B, T, vocab_size)."""
         return self.logits(self.hidden(self.embed(tokens)))
 
-    fingerprint = GPT.fingerprint
+    fingerprint, generate = GPT.fingerprint, GPT.generate
 
 
 class Tokenizer:
     """A tokenizer of Transformers with the interface of tiktoken's: no token is added to the text."""
 
     def __init__(self, tokenizer):
-        self.tokenizer, self.n_vocab = tokenizer, len(tokenizer)
+        self.tokenizer, self.n_vocab, self.eot_token = tokenizer, len(tokenizer), tokenizer.eos_token_id
+        if self.eot_token is None:
+            self.eot_token = self.encode_ordinary("\n")[-1]
 
     def encode_ordinary(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
 
 
 def load_model(name: str, config: train.Config) -> tuple[AnyModel, Tokenizer, float]:

@@ -96,7 +96,7 @@ def study(args: argparse.Namespace) -> str:
         one_row = problem.test[torch.tensor([0], device=config.device)]    # only the last epoch is scored
         try:
             *_, last = train.fit(config, model, replace(problem, tests={problem.test_name: one_row}))
-            last["accuracy"] = train.accuracy(train.predict(model, problem.test), problem.test.labels)
+            last["accuracy"] = problem.accuracy(train.predict(model, problem.test), problem.test)
         except FloatingPointError as error:
             last = dict(accuracy=0.0, seconds=0.0, diverged=str(error).partition(":")[0])
         trainable, _ = get_nb_trainable_parameters(model)
@@ -143,7 +143,7 @@ def table(path: Path) -> str:
         sizes = dict(majority=0, zero_shot=0, linear_probe=(d_h + 1) * labels,
                      hidden_layer_probe=(d_h + 1) * H + (H + 1) * labels)
         rows += [[name.replace("_", " "), "", f"{size:,}", f"{before[name]:.3f}", "", ""]
-                 for name, size in sizes.items()]
+                 for name, size in sizes.items() if name in before]
     rows = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(row[:1] + row[2:] if ablate else row)} |\n" for row in rows)
 

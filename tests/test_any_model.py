@@ -1,4 +1,5 @@
 """experiments/any_model.py: models of Transformers behind the interface of model.GPT, and train.py on one of them."""
+import dataclasses
 import json
 import os
 
@@ -6,6 +7,7 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: experiments/requirements.txt")
+import data
 import train
 from experiments import any_model
 from lopa import add_lora, get_nb_trainable_parameters, merge_lora
@@ -89,6 +91,17 @@ def test_lora_finds_the_attention_projections_starts_as_the_model_and_merges(pai
     assert torch.allclose(ours(tokens), adapted, atol=1e-4) and get_nb_trainable_parameters(ours)[0] == 0
 
 
+def test_unequal_rows_are_generated_with_a_cache_as_each_is_without_one(pair):
+    ours, theirs = pair
+    tokens, lengths = torch.randint(50, (4, 9)), torch.tensor([9, 4, 1, 6])
+    generated = ours.generate(ours.embed(tokens), 12, lengths)
+    assert generated.unique().numel() > 3
+    for row, length, found in zip(tokens, lengths, generated):
+        whole = torch.cat([row[:length], found])[None]
+        with torch.no_grad():
+            assert torch.equal(theirs(whole).logits[0, length - 1:-1].argmax(dim=-1), found)
+
+
 def test_a_model_that_does_more_to_its_logits_is_refused():
     config = transformers.CohereConfig(**SIZES, logit_scale=0.1)
     with pytest.raises(ValueError, match="CohereForCausalLM does more to its logits"):
@@ -145,6 +158,20 @@ def test_train_py_runs_on_it_and_predicts_from_the_adapter_alone(command, capsys
     command("--adapter", "run", "--predict", "a great film")
     header, line = capsys.readouterr().out.splitlines()
     assert header == "label\tnegative\tpositive\tsentence" and line.endswith("\ta great film")
+
+
+@pytest.mark.parametrize("flags", ["--method lopa", "--method lora", "--dtype bfloat16"])
+def test_a_task_with_answers_runs_on_it_and_predicts(command, folders, tmp_path, capsys, monkeypatch, flags):
+    task = dataclasses.replace(data.TASKS["cruxeval_o"], max_answer=12)           # its context is 64
+    monkeypatch.setitem(data.TASKS, "cruxeval_o", task)
+    rows = [dict(code=f"f = {i}", input=str(i), output=f"[{i}]", id=i) for i in range(8)]
+    (tmp_path / "cruxeval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command("--task", "cruxeval_o", "--data", tmp_path, *flags.split(), "--out", "run", "--quiet")
+    assert json.loads(capsys.readouterr().out)["num_scored"] == 4
+    assert len((tmp_path / "run" / "completions.jsonl").read_text().splitlines()) == 4
+    command("--adapter", "run", "--predict", "f = 1\t1")
+    header, line = capsys.readouterr().out.splitlines()
+    assert header == "answer\tcode\tinput" and line.endswith('\t"f = 1"\t"1"')
 
 
 def test_it_goes_on_where_it_was_interrupted(command, capsys, monkeypatch):

@@ -350,7 +350,7 @@ def test_the_folder_of_data_goes_before_the_sample(tmp_path):
 
 def test_templates_hold_their_fields_and_end_where_the_label_word_comes():
     for task in data.TASKS.values():
-        assert re.search(r" It was$| Answer:$", task.template)
+        assert task.answer or re.search(r" It was$| Answer:$", task.template)
         assert set(re.findall(r"\{(\w+)\}", task.template)) == set(task.fields)
 
 
@@ -377,7 +377,7 @@ def test_the_real_rte_files_are_read_whole():
 def test_every_label_word_is_one_token_of_gpt2():
     tokenizer = data.gpt2_tokenizer()
     assert tokenizer.n_vocab == 50_257
-    for task in data.TASKS.values():
+    for task in (task for task in data.TASKS.values() if task.label_words):
         ids = data.label_tokens(task, tokenizer).tolist()
         assert [tokenizer.decode([i]) for i in ids] == list(task.label_words.values())
 
@@ -385,7 +385,8 @@ def test_every_label_word_is_one_token_of_gpt2():
 @pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="TIKTOKEN_CACHE_DIR does not name GPT-2's two files")
 def test_a_filled_template_has_the_tokens_of_its_text():
     tokenizer = data.gpt2_tokenizer()
-    for name, task in data.TASKS.items():
+    for name in ROWS:
+        task = data.TASKS[name]
         fields = dict(zip(task.fields, ROWS[name][0][0].values()))
         tokens, cut = data.encode_text(task, fields, tokenizer, 1000)
         assert (tokens, cut) == (tokenizer.encode_ordinary(task.template.format(**fields)), False)
