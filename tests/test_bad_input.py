@@ -227,7 +227,7 @@ def test_numbers(refused_at_once, flag, value, words):
     ("--task sst2 --data glue --model empty", "empty does not hold config.json and model.safetensors"),
     ("--task sst2 --data nowhere", "nowhere/SST-2/train.tsv not found: --data names the folder"),
     ("--task sst2 --data file", "file/SST-2/train.tsv not found"),
-    ("--task mnli", "task mnli has no built-in sample (only sst2, rte)"),
+    ("--task mnli", "task mnli has no built-in sample (only sst2, rte, rewrite)"),
     ("--task mnli --data glue", "glue/MNLI/train.tsv not found"),
     ("--task sst2 --max-train 1", "1 training row, but h is scaled by a deviation, which takes 2"),
     ("--task sst2 --holdout 2000", "--holdout 2000 leaves less than 2 of 2000 training rows"),
