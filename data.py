@@ -286,7 +286,7 @@ TASKS = {
         answer="{canonical_solution}", max_answer=256, one_line=False,
     ),
 }
-# The same from Google's mbpp.jsonl, whose README says: "Task IDs 11-510 are used for evaluation".
+# The same from Google's mbpp.jsonl, of which ids 11 to 510 are the test split.
 GOOGLE_MBPP = dict(fields={"prompt": '"""\n{text}\n{test_list}\n"""\n'}, answer="{code}")
 
 
@@ -539,11 +539,12 @@ def read_answers(folder: Path, task: Task) -> dict[str, list[Row]]:
         return {split: read_jsonl(folder.with_name(f"{folder.name}_{split}.jsonl"), task) for split in splits}
     if folder.name == "mbpp":
         rows = read_jsonl(whole, replace(task, **GOOGLE_MBPP))
-        scored = [row for row in rows if row[0]["task_id"] in range(11, 511)]
+        scored = [i for i, (fields, _) in enumerate(rows) if fields["task_id"] in range(11, 511)]
     else:                                # CruxEval, which has no splits: 400 and 400 functions
         rows = read_jsonl(whole, task)
-        scored = random.Random(0).sample(rows, len(rows) // 2)
-    return {"train": [row for row in rows if row not in scored], task.dev_splits[0]: scored}
+        scored = random.Random(0).sample(range(len(rows)), len(rows) // 2)
+    train = [rows[i] for i in sorted(set(range(len(rows))) - set(scored))]
+    return {"train": train, task.dev_splits[0]: [rows[i] for i in scored]}
 
 
 def read_jsonl(path: Path, task: Task) -> list[Row]:

@@ -1,6 +1,6 @@
 """Train a soft prompt for a frozen GPT, score it, and use it.
 
-    python train.py --task sst2                          LoPA on the built-in sample, a minute at first
+    python train.py --task sst2                          LoPA on the built-in sample, half a minute at first
     python train.py --task sst2 --method pt              prompt tuning, to compare
     python train.py --task sst2 --data DIR               real GLUE files: DIR/SST-2/train.tsv and dev.tsv
     python train.py --adapter runs/sst2-lopa-tiny-seed0 --predict "a witty film"   or a file, or - for stdin
@@ -441,7 +441,6 @@ def ctrl_c_noted(on: bool) -> Iterator[list]:
 # 4. Evaluation
 
 
-@torch.no_grad()
 def predict(model: Adapted, split: data.Encoded) -> Tensor:
     """Of every row the labels' probabilities, (N, labels), or the tokens of an answer, (N, max_answer)."""
     model.eval()
@@ -454,7 +453,6 @@ def predict(model: Adapted, split: data.Encoded) -> Tensor:
                      lambda batch: model(batch.tokens, batch.lengths, batch.instances)).softmax(dim=-1)
 
 
-@torch.no_grad()
 def instance_embeddings(encoder: InstanceEncoder, split: data.Encoded) -> Tensor:
     """h for every row, (N, d_h): computed once, since the encoder is frozen and h never changes."""
     return every_row(split, len(encoder.mean), lambda batch: encoder(batch.tokens, batch.lengths))
@@ -517,16 +515,16 @@ class HiddenLayerProbe(nn.Module):
 def baselines(config: Config, problem: "Problem") -> dict[str, float]:
     """Accuracies without a method: of the commonest label or answer, the bare model, h without the model."""
     test, bare = problem.test, Adapted(None, problem.gpt, problem.encoder, problem.label_ids)
+    zero_shot = problem.accuracy(predict(bare, test), test)
     if test.labels.ndim == 2:
         answers, counts = problem.train.labels.unique(dim=0, return_counts=True)
         commonest = answers[counts.argmax()].expand_as(test.labels)
-        return dict(majority=problem.accuracy(commonest, test),
-                    zero_shot=problem.accuracy(predict(bare, test), test))
+        return dict(majority=problem.accuracy(commonest, test), zero_shot=zero_shot)
     probe = linear_probe(problem.train.instances, problem.train.labels, test.instances)
     majority = (test.labels == problem.train.labels.bincount().argmax()).float().mean().item()
     *_, hidden_layer = fit(replace(config, quiet=True), HiddenLayerProbe(config, problem), problem)
-    return dict(majority=majority, zero_shot=accuracy(predict(bare, test), test.labels),
-                linear_probe=accuracy(probe, test.labels), hidden_layer_probe=hidden_layer["accuracy"])
+    return dict(majority=majority, zero_shot=zero_shot, linear_probe=accuracy(probe, test.labels),
+                hidden_layer_probe=hidden_layer["accuracy"])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -568,9 +566,11 @@ class Problem:
                              in zip(self.texts(predictions), self.texts(split.labels))])
 
     def accuracy(self, predictions: Tensor, split: data.Encoded) -> float:
+        """The share of rows that are predicted rightly: `right`'s mean."""
         return self.right(predictions, split).float().mean().item()
 
     def texts(self, answers: Tensor) -> list[str]:
+        """Answers as tokens, (N, max_answer), in words."""
         return [data.decode_answer(self.task, tokens, self.tokenizer) for tokens in answers]
 
     def hold_out(self, count: int) -> "Problem":
