@@ -1093,8 +1093,11 @@ def read_texts(source: str, fields: list[str], quoted: bool = False) -> list[lis
         if len(row) != len(fields) or not all(row):
             raise ValueError(f"{where}, line {number}: {sum(map(bool, row))} texts, the task takes "
                              f"{len(fields)} ({', '.join(fields)}): one example a line, a tab within a pair")
-        if quoted:
-            row[:] = [json.loads(text) if text[0] == text[-1] == '"' else text for text in row]
+        try:
+            row[:] = [json.loads(text) if quoted and text[0] == text[-1] == '"' else text for text in row]
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}, line {number}: no JSON string ({error}): mend it, or leave out the "
+                             "quotes around it") from None
     return rows
 
 

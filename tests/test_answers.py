@@ -323,6 +323,14 @@ def test_predict_prints_the_answer(finished, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[1].split("\t")[1]) == code
 
 
+def test_predict_names_the_line_of_a_badly_escaped_text(finished, tmp_path, capsys):
+    (tmp_path / "texts").write_text('"the plot"\n"a \\q"\n')
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--adapter", str(finished), "--predict", str(tmp_path / "texts")])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and f"{tmp_path}/texts, line 2: no JSON string" in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize("flags", ["--control blind", "--control shuffled", "--holdout 100", "--method dept", "--tune-encoder"])
 def test_what_train_py_does_with_label_words_it_does_with_answers(tiny, tmp_path, flags):
     train.main(["--task", "rewrite", "--max-train", "300", "--epochs", "1", "--quiet", "--out", str(tmp_path), *flags.split()])
