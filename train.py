@@ -472,11 +472,6 @@ def every_row(split: data.Encoded, width: int, compute: Callable[[data.Encoded],
     return result
 
 
-def accuracy(probabilities: Tensor, labels: Tensor) -> float:
-    """Share of rows (N, labels) whose largest entry is at the label (N,)."""
-    return (probabilities.argmax(dim=-1).cpu() == labels.cpu()).float().mean().item()
-
-
 def accuracy_by_kind(problem: "Problem", predictions: Tensor) -> dict[str, float]:
     """Accuracy of what was predicted of the sample's dev rows, for each kind of sentence by itself."""
     right = problem.right(predictions, problem.test).tolist()
@@ -523,7 +518,7 @@ def baselines(config: Config, problem: "Problem") -> dict[str, float]:
     probe = linear_probe(problem.train.instances, problem.train.labels, test.instances)
     majority = (test.labels == problem.train.labels.bincount().argmax()).float().mean().item()
     *_, hidden_layer = fit(replace(config, quiet=True), HiddenLayerProbe(config, problem), problem)
-    return dict(majority=majority, zero_shot=zero_shot, linear_probe=accuracy(probe, test.labels),
+    return dict(majority=majority, zero_shot=zero_shot, linear_probe=problem.accuracy(probe, test),
                 hidden_layer_probe=hidden_layer["accuracy"])
 
 
@@ -561,7 +556,7 @@ class Problem:
     def right(self, predictions: Tensor, split: data.Encoded) -> Tensor:
         """Which rows of a split are predicted rightly, (N,), from (N, labels) or (N, max_answer)."""
         if split.labels.ndim == 1:
-            return predictions.argmax(dim=-1) == split.labels
+            return predictions.argmax(dim=-1).to(split.labels.device) == split.labels
         return torch.tensor([data.same_answer(self.task, given, wanted) for given, wanted
                              in zip(self.texts(predictions), self.texts(split.labels))])
 

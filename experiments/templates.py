@@ -39,7 +39,7 @@ def main() -> None:
             model = train.Adapted(None, gpt, None, data.label_tokens(task, tokenizer))
             split = data.encode(task, rows, tokenizer, max_length=512)
             split = replace(split, instances=torch.zeros(len(split), 1))
-            score = train.accuracy(train.predict(model, split), split.labels)
+            score = (train.predict(model, split).argmax(dim=-1) == split.labels).float().mean().item()
             print(f"| {name} | `{template!r}` | {', '.join(words)} | {score:.3f} |", flush=True)
 
 
