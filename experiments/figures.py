@@ -25,7 +25,8 @@ from experiments.compare import TRAINED
 
 ROOT = Path(train.__file__).parent
 SENTENCES = ["the plot is very witty", "the plot is very dull", "the plot is not dull"]
-COLOURS = {"lopa": "#b3541e", "pt": "#1f5fa8"}
+COLOURS = {"lopa": "#b3541e", "pt": "#1f5fa8", "idpg": "#2e7d5b", "lora": "#777777"}
+ROW_STYLES = {"pt": "o-", "idpg": "^-", "lopa": "D-", "lora": "s-"}
 # A white ground and dark ink: legible on GitHub's light and dark pages alike.
 plt.rcParams |= {"svg.hashsalt": "lopa", "figure.facecolor": "white", "font.size": 10,
                  "axes.spines.top": False, "axes.spines.right": False}
@@ -65,11 +66,11 @@ def accuracy_against_parameters(folder: Path) -> Figure:
 
 def training_curves(folder: Path) -> Figure:
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2))
-    for method, colour in COLOURS.items():
+    for method in ("lopa", "pt"):
         epochs = lines_of(run_folder(folder, method) / "metrics.jsonl")[1:]
         for panel, quantity in zip(axes, ("loss", "accuracy")):
             panel.plot([line["epoch"] for line in epochs], [line[quantity] for line in epochs], "o-",
-                       markersize=3, color=colour, label={"lopa": "LoPA", "pt": "prompt tuning"}[method])
+                       markersize=3, color=COLOURS[method], label={"lopa": "LoPA", "pt": "prompt tuning"}[method])
             panel.set(xlabel="epoch",
                       ylabel={"loss": "training loss", "accuracy": "dev accuracy"}[quantity])
     axes[0].legend(frameon=False)
@@ -120,7 +121,30 @@ def singular_values(folder: Path) -> Figure:
     return figure
 
 
-FIGURES = [accuracy_against_parameters, training_curves, gates, singular_values]
+def accuracy_against_rows(_: Path) -> Figure:
+    """On SmolLM2-135M and real SST-2, from the committed runs of compare."""
+    scores = {}                                                        # of (method, number of training rows)
+    for path in sorted((ROOT / "experiments" / "results").glob("smollm2-sst2*/runs.jsonl")):
+        for run in lines_of(path)[1:]:
+            if run["stage"] == "seed" and not run["control"] and run["method"] in ROW_STYLES:
+                scores.setdefault((run["method"], run["max_train"]), []).append(run["accuracy"])
+    sizes = sorted({rows for _, rows in scores})
+    figure, axes = plt.subplots(figsize=(6, 3.6))
+    for i, (method, style) in enumerate(ROW_STYLES.items()):
+        places = [rows * 1.04 ** (i - 1.5) for rows in sizes]          # beside each other, not on top
+        means = [statistics.mean(scores[method, rows]) for rows in sizes]
+        line, = axes.plot(places, means, style, markersize=5, label=method, color=COLOURS[method])
+        for place, rows in zip(places, sizes):                         # each seed
+            axes.plot([place] * len(scores[method, rows]), scores[method, rows], "_", color=line.get_color())
+    axes.set(xscale="log", xlabel="labelled rows (126 steps each)", ylabel="dev accuracy, 3 seeds",
+             title="SmolLM2-135M, real SST-2")
+    axes.set_xticks(sizes, [f"{rows:,}" for rows in sizes])
+    axes.minorticks_off()
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+FIGURES = [accuracy_against_parameters, training_curves, gates, singular_values, accuracy_against_rows]
 
 
 def main(folder: Path = Path("runs"), out: Path = ROOT / "assets") -> None:
