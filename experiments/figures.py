@@ -128,14 +128,14 @@ def accuracy_against_rows(_: Path) -> Figure:
         for run in lines_of(path)[1:]:
             if run["stage"] == "seed" and not run["control"] and run["method"] in ROW_STYLES:
                 scores.setdefault((run["method"], run["max_train"]), []).append(run["accuracy"])
-    sizes = sorted({rows for _, rows in scores})
     figure, axes = plt.subplots(figsize=(6, 3.6))
     for i, (method, style) in enumerate(ROW_STYLES.items()):
+        sizes = sorted(rows for name, rows in scores if name == method)
         places = [rows * 1.04 ** (i - 1.5) for rows in sizes]          # beside each other, not on top
         means = [statistics.mean(scores[method, rows]) for rows in sizes]
-        line, = axes.plot(places, means, style, markersize=5, label=method, color=COLOURS[method])
+        axes.plot(places, means, style, markersize=5, label=method, color=COLOURS[method])
         for place, rows in zip(places, sizes):                         # each seed
-            axes.plot([place] * len(scores[method, rows]), scores[method, rows], "_", color=line.get_color())
+            axes.plot([place] * len(scores[method, rows]), scores[method, rows], "_", color=COLOURS[method])
     axes.set(xscale="log", xlabel="labelled rows (126 steps each)", ylabel="dev accuracy, 3 seeds",
              title="SmolLM2-135M, real SST-2")
     axes.set_xticks(sizes, [f"{rows:,}" for rows in sizes])
