@@ -254,7 +254,7 @@ from dataclasses import replace
 import torch
 import train
 
-config = train.Config("sst2", max_train=331, epochs=2, device="cpu", quiet=True)
+config = train.Config(sys.argv[2], max_train=331, epochs=2, device="cpu", quiet=True)
 train.join_processes(config)
 problem = train.prepare(config)
 problem.gpt.double()
@@ -270,12 +270,13 @@ if train.is_first_process():
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_trains(tiny, tmp_path):
+@pytest.mark.parametrize("task", ["sst2", "rewrite"])
+def test_two_processes_train_what_one_trains(tiny, tmp_path, task):
     """In float64, where all that rounding does to 22 steps is far below what any wrong weight of a row does."""
     (tmp_path / "script.py").write_text(IN_FLOAT64)            # 331 rows: of the last batch's 11, one has 6, one 5
     found = []
     for name, launcher in (("two", TORCHRUN), ("one", [sys.executable])):
-        done = subprocess.run([*launcher, tmp_path / "script.py", tmp_path / name], capture_output=True, text=True,
+        done = subprocess.run([*launcher, tmp_path / "script.py", tmp_path / name, task], capture_output=True, text=True,
                               env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, timeout=200)
         assert done.returncode == 0, done.stderr
         found.append(torch.load(tmp_path / name))
