@@ -1,6 +1,6 @@
 """Draw the pictures of README.md and tutorial.md from saved runs:
 
-    python -m pip install -r experiments/requirements.txt
+    python -m pip install -r requirements.txt -r experiments/requirements.txt
     python -m experiments.compare --task sst2
     python train.py --task sst2
     python train.py --task sst2 --method pt
