@@ -63,3 +63,8 @@ def test_every_experiment_that_is_named_is_there():
     named = set(re.findall(r"experiments\.(\w+)", README + EXPERIMENTS))
     assert {(ROOT / "experiments" / f"{name}.py").is_file() for name in named} == {True}
     assert named == {path.stem for path in (ROOT / "experiments").glob("*.py")}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments" / "results").glob("*/runs.jsonl")), ids=lambda path: path.parent.name)
+def test_the_tables_of_the_real_model_are_those_of_the_committed_runs(path):
+    assert compare.table(path) in EXPERIMENTS
