@@ -66,11 +66,11 @@ def accuracy_against_parameters(folder: Path) -> Figure:
 
 def training_curves(folder: Path) -> Figure:
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2))
-    for method in ("lopa", "pt"):
+    for method, name in (("lopa", "LoPA"), ("pt", "prompt tuning")):
         epochs = lines_of(run_folder(folder, method) / "metrics.jsonl")[1:]
         for panel, quantity in zip(axes, ("loss", "accuracy")):
             panel.plot([line["epoch"] for line in epochs], [line[quantity] for line in epochs], "o-",
-                       markersize=3, color=COLOURS[method], label={"lopa": "LoPA", "pt": "prompt tuning"}[method])
+                       markersize=3, color=COLOURS[method], label=name)
             panel.set(xlabel="epoch",
                       ylabel={"loss": "training loss", "accuracy": "dev accuracy"}[quantity])
     axes[0].legend(frameon=False)
@@ -96,7 +96,8 @@ def gates(folder: Path) -> Figure:
     figure, axes = plt.subplots(len(SENTENCES), 1, figsize=(8, 5.2), layout="constrained")
     images = torch.sigmoid(U @ V.transpose(1, 2))                      # (3, m, d)
     for panel, sentence, gate, p in zip(axes, SENTENCES, images, probabilities[:, 1]):
-        image = panel.imshow(gate, aspect="auto", cmap="viridis", vmin=0, vmax=1)
+        image = panel.imshow(gate, aspect="auto", cmap="viridis", vmin=0, vmax=1,
+                             interpolation="none")                     # the values, not an enlarged picture
         panel.set(title=f'"{sentence}"  (P(positive) = {p:.2f})', ylabel="virtual token", yticks=[0, 9])
         panel.title.set_fontsize(10)
     axes[-1].set_xlabel("embedding feature")
