@@ -9,8 +9,9 @@
 For each row of the table three learning rates, a third of train.py's, its and three times it, are tried on a
 fifth of the training rows, held out. The best one then trains on all of them, once for each seed, and the
 last epoch is scored on dev, which nothing was chosen on. A control, lopa-blind say, is LoPA at its rates with
-something taken away. Every finished run is at once a line of runs.jsonl, and the same command goes on where
-it was. The other flags mean what they mean to train.py.
+something taken away. Where three more runs are too dear, --rates-from takes the rates that another study of the
+same methods chose, or train.py's. Every finished run is at once a line of runs.jsonl, and the same command goes
+on where it was. The other flags mean what they mean to train.py.
 """
 
 import argparse
@@ -68,6 +69,7 @@ def study(args: argparse.Namespace) -> str:
         name: dict(zip(("method", "control"), name.split("-"))) for name in args.methods}
     base = train.Config(**given)
     configs = {name: train.Config(**given | change) for name, change in changes.items()}
+    rates = chosen_rates(args.rates_from, configs) if args.rates_from else {}
     longest = max(c.num_virtual_tokens * (2 if c.fusion == "concat" else 1) for c in configs.values())
     problems = {}                        # one for each place where h is read, with one room for all texts
     for blocks in [base.encoder_blocks, *(config.encoder_blocks for config in configs.values())]:
@@ -79,15 +81,14 @@ def study(args: argparse.Namespace) -> str:
         raise ValueError(f"{num_rows} training rows are too few to hold out a fifth of them: 5 at least")
     held_out_of = {blocks: whole.hold_out(num_rows // 5) for blocks, whole in problems.items()}
     about = dict(study="ablate" if args.ablate else "compare", **base.deciding()) | dict(
-        data=problem.source, fingerprint=problem.fingerprint, data_sha256=problem.data_sha256)
+        data=problem.source, fingerprint=problem.fingerprint, data_sha256=problem.data_sha256,
+        rates_from=args.rates_from)
     path = default_folder(base, about["study"]) / "runs.jsonl"
     lines = earlier_lines(path, {name: value for name, value in about.items() if name not in VARIED})
 
-    def finished(row: str, stage: str, problem: train.Problem, usual: train.Config, factor: float,
-                 seed: int) -> dict:
-        """The line of a run at `factor` times its usual rates, which is made if it is not there."""
-        lr, head_lr = (float(f"{factor * lr:.1g}") for lr in (usual.lr, usual.head_lr))
-        config = replace(usual, lr=lr, head_lr=head_lr, seed=seed, quiet=True)
+    def finished(row: str, stage: str, problem: train.Problem, config: train.Config, seed: int) -> dict:
+        """The line of a run, which is made if it is not there."""
+        config = replace(config, seed=seed, quiet=True)
         wanted = dict(stage=stage, **config.deciding()) | dict(data=problem.source)
         for line in lines[1:]:
             if wanted.items() <= line.items():
@@ -101,7 +102,7 @@ def study(args: argparse.Namespace) -> str:
             last = dict(accuracy=0.0, seconds=0.0, diverged=str(error).partition(":")[0])
         trainable, _ = get_nb_trainable_parameters(model)
         add(dict(row=row) | wanted | last | dict(trainable_parameters=trainable))
-        say(f"  {stage} {len(lines) - 2}: {row}, lr {lr:g}, seed {seed}, accuracy {last['accuracy']:.3f}, "
+        say(f"  {stage} {len(lines) - 2}: {row}, lr {config.lr:g}, seed {seed}, accuracy {last['accuracy']:.3f}, "
             + last.get("diverged", f"{last['seconds']:.1f} s"))
         return lines[-1]
 
@@ -116,9 +117,11 @@ def study(args: argparse.Namespace) -> str:
         tried = replace(config, control=None)                          # a control has LoPA's rates
         row = config.method if config.control else name
         whole, held_out = problems[config.encoder_blocks], held_out_of[config.encoder_blocks]
-        best = max(FACTORS, key=lambda f: finished(row, "trial", held_out, tried, f, seed=0)["accuracy"])
+        best = rates.get(name) or max(
+            (scaled(tried, factor) for factor in FACTORS),
+            key=lambda rate: finished(row, "trial", held_out, replace(tried, **rate), seed=0)["accuracy"])
         for seed in args.seeds:
-            finished(name, "seed", whole, config, best, seed)
+            finished(name, "seed", whole, replace(config, **best), seed)
     result = table(path)
     with data.whole(path.with_name("table.md"), "the table") as file:
         file.write(result.encode())
@@ -126,9 +129,27 @@ def study(args: argparse.Namespace) -> str:
     return result
 
 
+def scaled(config: train.Config, factor: float) -> dict[str, float]:
+    """`factor` times the learning rates of a run, to one digit."""
+    return {name: float(f"{factor * getattr(config, name):.1g}") for name in ("lr", "head_lr")}
+
+
+def chosen_rates(source: str, configs: dict[str, train.Config]) -> dict[str, dict[str, float]]:
+    """The learning rates of each row: train.py's, or what another study ended with. ValueError if it has none."""
+    if source == "train.py":
+        return {name: scaled(config, 1) for name, config in configs.items()}
+    _, *lines = read_lines(Path(source))
+    rates = {line["row"]: dict(lr=line["lr"], head_lr=line["head_lr"])
+             for line in lines if line["stage"] == "seed"}
+    if missing := [name for name in configs if name not in rates]:
+        raise ValueError(f"--rates-from: {source} has no finished run of {', '.join(missing)}, but of "
+                         f"{', '.join(rates) or 'nothing'}")
+    return rates
+
+
 def table(path: Path) -> str:
     """The table of a study's runs.jsonl, in Markdown."""
-    about, *lines = [json.loads(line) for line in path.read_text().splitlines()]
+    about, *lines = read_lines(path)
     ablate, before = about["study"] == "ablate", next(line for line in lines if line["stage"] == "before")
     rows = []
     for name in dict.fromkeys(line["row"] for line in lines if line["stage"] == "seed"):
@@ -165,12 +186,20 @@ def earlier_lines(path: Path, about: dict) -> list[dict]:
     """The lines that the file holds, first what they are about; ValueError if that is something else."""
     if not path.exists():
         return [about]
+    lines = read_lines(path)
+    train.require_same_run(path.parent, lines[0], about)
+    return lines
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The lines of a study's runs.jsonl; ValueError if it is something else."""
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        train.require_same_run(path.parent, lines[0], about)
-        return lines
-    except (json.JSONDecodeError, UnicodeDecodeError, IndexError, AttributeError):
-        raise ValueError(f"{path} is damaged: delete it, or name another folder with --out") from None
+        about, *lines = [json.loads(line) for line in path.read_text().splitlines()]
+        if "study" in about and all("stage" in line for line in lines):
+            return [about, *lines]
+    except (ValueError, TypeError):                                    # no JSON, no lines, not UTF-8
+        pass
+    raise ValueError(f"{path} is damaged, or no runs.jsonl: delete it, or name another")
 
 
 class Refuse(argparse.Action):
@@ -207,6 +236,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--methods", type=listed(str), metavar="A,B", help="these alone (default: all)")
     parser.add_argument("--seeds", type=listed(int), default=[0, 1, 2, 3, 4], metavar="A,B",
                         help="default: 0,1,2,3,4")
+    parser.add_argument("--rates-from", metavar="FILE", help="try no learning rates, take those that another "
+                        "study's runs.jsonl ended with, or train.py's: --rates-from train.py")
     parser.add_argument("--table", metavar="FILE", help="print the table of a runs.jsonl, and train nothing")
     parser.add_argument("--quiet", action="store_true", help="print the table alone")
     args = parser.parse_args(argv)

@@ -93,6 +93,31 @@ def test_rates_are_chosen_on_training_rows_every_seed_is_scored_and_a_rerun_cont
     assert cells_without_seconds(again) == cells_without_seconds(table)
 
 
+def test_rates_can_come_from_another_study_or_from_train_py_and_then_none_is_tried(tiny, tmp_path, capsys, fitted):
+    chosen = str(tmp_path / "first" / "runs.jsonl")
+    compare.main([*QUICK, "--methods", "pt,lopa", "--seeds", "0", "--out", str(tmp_path / "first")])
+    rates = {run["method"]: (run["lr"], run["head_lr"])
+             for run in runs_in(tmp_path / "first") if run["stage"] == "seed"}
+    usual = {method: train.Config("sst2", method) for method in rates}
+    for source, wanted in ((chosen, rates), ("train.py", {m: (c.lr, c.head_lr) for m, c in usual.items()})):
+        del fitted[:]
+        flags = ["--methods", "pt,lopa", "--seeds", "1,2", "--rates-from", source, "--max-train", "100"]
+        compare.main([*QUICK, *flags, "--out", str(tmp_path / Path(source).stem)])
+        assert [(config.method, config.seed) for config, _ in fitted] == [
+            ("pt", 1), ("pt", 2), ("lopa", 1), ("lopa", 2)]
+        for config, problem in fitted:
+            assert (config.lr, config.head_lr) == wanted[config.method]
+            assert len(problem.train) == 100                           # nothing is held out
+    capsys.readouterr()
+    one = [*QUICK, "--methods", "pt,lora", "--out", str(tmp_path / "other"), "--rates-from"]
+    assert f"--rates-from: {chosen} has no finished run of lora, but of pt, lopa" in refused(capsys, *one, chosen)
+    assert "nowhere" in refused(capsys, *one, "nowhere")
+    for damaged in ("{", "[]", '{"study": 1}\n{}', ""):
+        (tmp_path / "damaged").write_text(damaged)
+        assert "damaged is damaged, or no runs.jsonl" in refused(capsys, *one, str(tmp_path / "damaged"))
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_seed_of_the_table_is_the_run_that_train_py_makes(tiny, tmp_path):
     compare.main([*QUICK, "--methods", "pt", "--seeds", "1", "--out", str(tmp_path / "study")])
     *_, run = runs_in(tmp_path / "study")
