@@ -834,7 +834,7 @@ def earlier_run(folder: Path, quiet: bool = False) -> dict | None:
                 problem = problem or error
                 continue
             if problem and not quiet:
-                print(f"train.py: {problem}; using {name}", file=sys.stderr)
+                print(f"{COMMAND.split()[-1]}: {problem}; using {name}", file=sys.stderr)
             return state
     if problem:
         raise problem
@@ -1191,10 +1191,10 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("alloc|out of memory", str(error)):
             raise                                                      # a mistake of ours: show where it is
-        print(f"train.py: error: {short(error, 300)}", file=sys.stderr)
+        print(f"{COMMAND.split()[-1]}: error: {short(error, 300)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
-        print(f"train.py: {str(interrupt) or 'interrupted'}", file=sys.stderr)
+        print(f"{COMMAND.split()[-1]}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         sys.exit(130)
     finally:
         if dist.is_initialized():

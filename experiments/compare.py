@@ -9,9 +9,9 @@
 For each row of the table three learning rates, a third of train.py's, its and three times it, are tried on a
 fifth of the training rows, held out. The best one then trains on all of them, once for each seed, and the
 last epoch is scored on dev, which nothing was chosen on. A control, lopa-blind say, is LoPA at its rates with
-something taken away. Where three more runs are too dear, --rates-from takes the rates that another study of the
-same methods chose, or train.py's. Every finished run is at once a line of runs.jsonl, and the same command goes
-on where it was. The other flags mean what they mean to train.py.
+something taken away. Where three more runs are too dear, --rates-from takes the rates that another study of
+the same methods chose, or train.py's. Every finished run is at once a line of runs.jsonl, and the same
+command goes on where it was. The other flags mean what they mean to train.py.
 """
 
 import argparse
@@ -81,8 +81,7 @@ def study(args: argparse.Namespace) -> str:
         raise ValueError(f"{num_rows} training rows are too few to hold out a fifth of them: 5 at least")
     held_out_of = {blocks: whole.hold_out(num_rows // 5) for blocks, whole in problems.items()}
     about = dict(study="ablate" if args.ablate else "compare", **base.deciding()) | dict(
-        data=problem.source, fingerprint=problem.fingerprint, data_sha256=problem.data_sha256,
-        rates_from=args.rates_from)
+        data=problem.source, fingerprint=problem.fingerprint, data_sha256=problem.data_sha256)
     path = default_folder(base, about["study"]) / "runs.jsonl"
     lines = earlier_lines(path, {name: value for name, value in about.items() if name not in VARIED})
 
@@ -102,8 +101,8 @@ def study(args: argparse.Namespace) -> str:
             last = dict(accuracy=0.0, seconds=0.0, diverged=str(error).partition(":")[0])
         trainable, _ = get_nb_trainable_parameters(model)
         add(dict(row=row) | wanted | last | dict(trainable_parameters=trainable))
-        say(f"  {stage} {len(lines) - 2}: {row}, lr {config.lr:g}, seed {seed}, accuracy {last['accuracy']:.3f}, "
-            + last.get("diverged", f"{last['seconds']:.1f} s"))
+        say(f"  {stage} {len(lines) - 2}: {row}, lr {config.lr:g}, seed {seed}, "
+            f"accuracy {last['accuracy']:.3f}, " + last.get("diverged", f"{last['seconds']:.1f} s"))
         return lines[-1]
 
     def add(line: dict) -> None:
@@ -135,7 +134,7 @@ def scaled(config: train.Config, factor: float) -> dict[str, float]:
 
 
 def chosen_rates(source: str, configs: dict[str, train.Config]) -> dict[str, dict[str, float]]:
-    """The learning rates of each row: train.py's, or what another study ended with. ValueError if it has none."""
+    """The learning rates of each row: train.py's, or another study's. ValueError if that has none."""
     if source == "train.py":
         return {name: scaled(config, 1) for name, config in configs.items()}
     _, *lines = read_lines(Path(source))
@@ -151,12 +150,14 @@ def table(path: Path) -> str:
     """The table of a study's runs.jsonl, in Markdown."""
     about, *lines = read_lines(path)
     ablate, before = about["study"] == "ablate", next(line for line in lines if line["stage"] == "before")
-    rows = []
-    for name in dict.fromkeys(line["row"] for line in lines if line["stage"] == "seed"):
-        runs = [line for line in lines if line["stage"] == "seed" and line["row"] == name]
-        rates = f"{runs[0]['lr']:g}" + f", {runs[0]['head_lr']:g}" * (runs[0]["method"] in ("lopa", "idpg"))
-        rows.append([name, TRAINED.get(name, ""), f"{runs[0]['trainable_parameters']:,}", summary(runs),
-                     rates, f"{statistics.mean(run['seconds'] for run in runs):.1f}"])
+    groups: dict[tuple, list[dict]] = {}                               # the seeds of a row at one rate
+    for line in lines:
+        if line["stage"] == "seed":
+            rates = f"{line['lr']:g}" + f", {line['head_lr']:g}" * (line["method"] in ("lopa", "idpg"))
+            groups.setdefault((line["row"], rates), []).append(line)
+    rows = [[name, TRAINED.get(name, ""), f"{runs[0]['trainable_parameters']:,}", summary(runs), rates,
+             f"{statistics.mean(run['seconds'] for run in runs):.1f}"]
+            for (name, rates), runs in groups.items()]
     header = ["LoPA" if ablate else "method", "what is trained; it lives with", "trainable",
               f"{before['scored_on']} accuracy", "learning rate", "seconds"]
     if not ablate:

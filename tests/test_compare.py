@@ -108,6 +108,12 @@ def test_rates_can_come_from_another_study_or_from_train_py_and_then_none_is_tri
         for config, problem in fitted:
             assert (config.lr, config.head_lr) == wanted[config.method]
             assert len(problem.train) == 100                           # nothing is held out
+    table = (tmp_path / "train" / "table.md").read_text()              # a row of two rates is two rows
+    path = tmp_path / "train" / "runs.jsonl"
+    path.write_text(path.read_text() + path.read_text().splitlines()[-1].replace('"lr": 0.03', '"lr": 0.5') + "\n")
+    assert [row.split(" | ")[:1] + row.split(" | ")[4:5] for row in compare.table(path).splitlines()[2:5]] == [
+        ["| pt", "0.03"], ["| lopa", "0.03, 0.003"], ["| lopa", "0.5, 0.003"]]
+    assert compare.table(path).splitlines()[3] == table.splitlines()[3]
     capsys.readouterr()
     one = [*QUICK, "--methods", "pt,lora", "--out", str(tmp_path / "other"), "--rates-from"]
     assert f"--rates-from: {chosen} has no finished run of lora, but of pt, lopa" in refused(capsys, *one, chosen)
