@@ -137,7 +137,7 @@ def accuracy_against_rows(_: Path) -> Figure:
         axes.plot(places, means, style, markersize=5, label=method, color=COLOURS[method])
         for place, rows in zip(places, sizes):                         # each seed
             axes.plot([place] * len(scores[method, rows]), scores[method, rows], "_", color=COLOURS[method])
-    axes.set(xscale="log", xlabel="labelled rows (about 126 steps each)", ylabel="dev accuracy, 3 seeds",
+    axes.set(xscale="log", xlabel="labelled rows (in 126, 126 and 500 steps)", ylabel="dev accuracy, 3 seeds",
              title="SmolLM2-135M, real SST-2")
     axes.set_xticks(sizes, [f"{rows:,}" for rows in sizes])
     axes.minorticks_off()
