@@ -195,10 +195,10 @@ def earlier_lines(path: Path, about: dict) -> list[dict]:
 def read_lines(path: Path) -> list[dict]:
     """The lines of a study's runs.jsonl; ValueError if it is something else."""
     try:
-        about, *lines = [json.loads(line) for line in path.read_text().splitlines()]
+        about, *lines = [dict(json.loads(line)) for line in path.read_text().splitlines()]
         if "study" in about and all("stage" in line for line in lines):
             return [about, *lines]
-    except (ValueError, TypeError):                                    # no JSON, no lines, not UTF-8
+    except (ValueError, TypeError):                                    # no lines, or not all JSON objects
         pass
     raise ValueError(f"{path} is damaged, or no runs.jsonl: delete it, or name another")
 

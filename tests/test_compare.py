@@ -118,7 +118,7 @@ def test_rates_can_come_from_another_study_or_from_train_py_and_then_none_is_tri
     one = [*QUICK, "--methods", "pt,lora", "--out", str(tmp_path / "other"), "--rates-from"]
     assert f"--rates-from: {chosen} has no finished run of lora, but of pt, lopa" in refused(capsys, *one, chosen)
     assert "nowhere" in refused(capsys, *one, "nowhere")
-    for damaged in ("{", "[]", '{"study": 1}\n{}', ""):
+    for damaged in ("{", "[]", '{"study": 1}\n{}', "", '"study"', "5", '{"study": 1}\n["stage"]'):
         (tmp_path / "damaged").write_text(damaged)
         assert "damaged is damaged, or no runs.jsonl" in refused(capsys, *one, str(tmp_path / "damaged"))
     assert not (tmp_path / "other").exists()
