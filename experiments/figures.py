@@ -8,6 +8,7 @@
 """
 
 import json
+import math
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -124,11 +125,13 @@ def singular_values(folder: Path) -> Figure:
 
 def accuracy_against_rows(_: Path) -> Figure:
     """On SmolLM2-135M and real SST-2, from the committed runs of compare."""
-    scores = {}                                                        # of (method, number of training rows)
+    scores, steps = {}, {}                                             # of (method, rows to train on); of rows
     for path in sorted((ROOT / "experiments" / "results").glob("smollm2-sst2*/runs.jsonl")):
         for run in lines_of(path)[1:]:
             if run["stage"] == "seed" and not run["control"] and run["method"] in ROW_STYLES:
-                scores.setdefault((run["method"], run["max_train"]), []).append(run["accuracy"])
+                rows = run["max_train"]
+                scores.setdefault((run["method"], rows), []).append(run["accuracy"])
+                steps[rows] = run["epochs"] * math.ceil(rows / run["batch_size"])
     figure, axes = plt.subplots(figsize=(6, 3.6))
     for i, (method, style) in enumerate(ROW_STYLES.items()):
         sizes = sorted(rows for name, rows in scores if name == method)
@@ -137,9 +140,9 @@ def accuracy_against_rows(_: Path) -> Figure:
         axes.plot(places, means, style, markersize=5, label=method, color=COLOURS[method])
         for place, rows in zip(places, sizes):                         # each seed
             axes.plot([place] * len(scores[method, rows]), scores[method, rows], "_", color=COLOURS[method])
-    axes.set(xscale="log", xlabel="labelled rows (in 126, 126 and 500 steps)", ylabel="dev accuracy, 3 seeds",
+    axes.set(xscale="log", xlabel="labelled rows", ylabel="dev accuracy, 3 seeds",
              title="SmolLM2-135M, real SST-2")
-    axes.set_xticks(sizes, [f"{rows:,}" for rows in sizes])
+    axes.set_xticks(sizes, [f"{rows:,}\n{steps[rows]} steps" for rows in sizes])
     axes.minorticks_off()
     axes.legend(frameon=False, fontsize=9)
     return figure
