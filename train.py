@@ -834,7 +834,7 @@ def earlier_run(folder: Path, quiet: bool = False) -> dict | None:
                 problem = problem or error
                 continue
             if problem and not quiet:
-                print(f"{COMMAND.split()[-1]}: {problem}; using {name}", file=sys.stderr)
+                tell(f"{problem}; using {name}")
             return state
     if problem:
         raise problem
@@ -1128,6 +1128,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def tell(message: str) -> None:
+    """One line on standard error, which names the program that was started."""
+    print(f"{COMMAND.split()[-1]}: {message}", file=sys.stderr)
+
+
 def complain(message: str) -> NoReturn:
     raise ValueError(message)
 
@@ -1191,10 +1196,10 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("alloc|out of memory", str(error)):
             raise                                                      # a mistake of ours: show where it is
-        print(f"{COMMAND.split()[-1]}: error: {short(error, 300)}", file=sys.stderr)
+        tell(f"error: {short(error, 300)}")
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
-        print(f"{COMMAND.split()[-1]}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
+        tell(str(interrupt) or "interrupted")
         sys.exit(130)
     finally:
         if dist.is_initialized():

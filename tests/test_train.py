@@ -396,6 +396,15 @@ def test_one_pass_through_one_frozen_model_serves_rows_of_different_tasks_and_me
     assert all(torch.equal(before[name], tensor) for name, tensor in gpt.state_dict().items())
 
 
+# --- the command line -------------------------------------------------------------------------------------------
+
+
+def test_an_error_line_names_the_program_that_was_started(capsys, monkeypatch):
+    assert refused(capsys, "--task", "sst3").startswith("train.py: error: ")
+    monkeypatch.setattr(train, "COMMAND", "python -m experiments.any_model")
+    assert refused(capsys, "--task", "sst3").startswith("experiments.any_model: error: ")
+
+
 # --- prediction ------------------------------------------------------------------------------------------------
 
 
