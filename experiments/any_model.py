@@ -63,7 +63,8 @@ class AnyModel(nn.Module):
         """Embedded input (B, T, d) -> last hidden states (B, T, d), or those after `num_blocks` blocks.
 
         Transformers gives those after the last block with the final norm, and model.GPT without it. `past`
-        and `real` are model.GPT's; what comes first in `past` is Transformers' cache of all blocks.
+        and `real` are model.GPT's; what comes first in `past` is Transformers' cache of all blocks. Raises
+        ValueError for `num_blocks` of a model that is wider between its blocks than its embeddings.
         """
         positions = None if real is None else real.sum(dim=1, keepdim=True) - 1          # (B, 1)
         output = self.language_model.base_model(
@@ -72,7 +73,12 @@ class AnyModel(nn.Module):
             output_hidden_states=num_blocks is not None)
         if past is not None:
             past[0][:] = [output.past_key_values]
-        return output.last_hidden_state if num_blocks is None else output.hidden_states[num_blocks]
+        if num_blocks is None:
+            return output.last_hidden_state
+        if (width := output.hidden_states[num_blocks].shape[-1]) != self.config.n_embd:      # OPT-350M
+            raise ValueError(f"the embeddings have {self.config.n_embd} features and the states between the "
+                             f"blocks {width}: --encoder-blocks 0 makes h of the embeddings")
+        return output.hidden_states[num_blocks]
 
     def hidden_at(self, inputs_embeds: Tensor, positions: Tensor, rows: Tensor | None = None) -> Tensor:
         """(B, T, d), one position per row (B,), or of rows (n,) -> last hidden states there, (B or n, d)."""

@@ -47,6 +47,10 @@ ABLATIONS = {
     "heads that start as released": dict(head_std=0.02), "a start of N(0, 1) as released": dict(init_std=1.0),
     "h after 1 block": dict(encoder_blocks=1), "h after 2 blocks": dict(encoder_blocks=2)}
 
+# More to change, for models deeper than the tiny GPT: in the table when --ablate names it.
+ON_REQUEST = {f"h after {blocks} blocks": dict(encoder_blocks=blocks) for blocks in (0, 10, 20)} | {
+    "heads that start at random": dict(head_std=0.05)}
+
 FACTORS = (1, 1 / 3, 3)                  # of train.py's learning rates, to try; of equals the first wins
 
 VARIED = ("method", "control", "lr", "head_lr", "seed")      # from run to run, besides ABLATIONS
@@ -65,8 +69,9 @@ def study(args: argparse.Namespace) -> str:
     """Make the runs that are not in runs.jsonl yet; returns the table, which is in table.md too."""
     say = (lambda text: None) if args.quiet else partial(print, flush=True)
     given = {f.name: vars(args)[f.name] for f in fields(train.Config) if f.name in args}
-    changes = ABLATIONS if args.ablate else {
-        name: dict(zip(("method", "control"), name.split("-"))) for name in args.methods}
+    changes = {name: (ABLATIONS | ON_REQUEST)[name] for name in args.ablate or ABLATIONS}
+    if args.ablate is None:
+        changes = {name: dict(zip(("method", "control"), name.split("-"))) for name in args.methods}
     base = train.Config(**given)
     configs = {name: train.Config(**given | change) for name, change in changes.items()}
     rates = chosen_rates(args.rates_from, configs) if args.rates_from else {}
@@ -80,7 +85,7 @@ def study(args: argparse.Namespace) -> str:
     if (num_rows := len(problem.train)) < 5:
         raise ValueError(f"{num_rows} training rows are too few to hold out a fifth of them: 5 at least")
     held_out_of = {blocks: whole.hold_out(num_rows // 5) for blocks, whole in problems.items()}
-    about = dict(study="ablate" if args.ablate else "compare", **base.deciding()) | dict(
+    about = dict(study="compare" if args.ablate is None else "ablate", **base.deciding()) | dict(
         data=problem.source, fingerprint=problem.fingerprint, data_sha256=problem.data_sha256)
     path = default_folder(base, about["study"]) / "runs.jsonl"
     lines = earlier_lines(path, {name: value for name, value in about.items() if name not in VARIED})
@@ -233,7 +238,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for name in REFUSED:
         parser.add_argument("--" + name.replace("_", "-"), action=Refuse, nargs="?",
                             default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    parser.add_argument("--ablate", action="store_true", help="change one thing about LoPA at a time")
+    parser.add_argument("--ablate", nargs="*", metavar="CHANGE", choices=[*ABLATIONS, *ON_REQUEST],
+                        help="change one thing about LoPA at a time (default: " + "; ".join(ABLATIONS) +
+                        ". On request: " + "; ".join(ON_REQUEST) + ")")
     parser.add_argument("--methods", type=listed(str), metavar="A,B", help="these alone (default: all)")
     parser.add_argument("--seeds", type=listed(int), default=[0, 1, 2, 3, 4], metavar="A,B",
                         help="default: 0,1,2,3,4")
@@ -246,9 +253,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         return args
     if args.task is None:
         parser.error(f"name a task: --task {' or '.join(data.TASKS)}")
-    if args.ablate and args.methods:
+    if args.ablate is not None and args.methods:
         parser.error("argument --methods: --ablate changes lopa alone")
-    if args.ablate and args.fusion != "gate":
+    if args.ablate is not None and args.fusion != "gate":
         parser.error(f"argument --fusion: --ablate tries {args.fusion} too, and LoPA has the gate")
     args.methods = args.methods or list(TRAINED)
     return args

@@ -9,7 +9,7 @@ import torch
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: experiments/requirements.txt")
 import data
 import train
-from experiments import any_model
+from experiments import any_model, compare, tried
 from lopa import add_lora, get_nb_trainable_parameters, merge_lora
 from model import InstanceEncoder
 
@@ -69,6 +69,10 @@ def test_hidden_after_some_blocks_is_transformers_own(pair):
     ours, theirs = pair
     tokens = torch.randint(50, (2, 8))
     states = theirs(tokens, output_hidden_states=True).hidden_states
+    if states[1].shape[-1] != ours.config.n_embd:                      # OPT, whose embeddings are narrower
+        with pytest.raises(ValueError, match="16 features and the states between the blocks 24: --encoder-blocks 0"):
+            ours.hidden(ours.embed(tokens), num_blocks=1)
+        return
     for num_blocks in (1, 2):
         found = ours.hidden(ours.embed(tokens), num_blocks=num_blocks)
         assert torch.allclose(found, states[num_blocks], atol=1e-5)
@@ -189,3 +193,43 @@ def test_it_goes_on_where_it_was_interrupted(command, capsys, monkeypatch):
     command("--resume", "cut", "--quiet")
     tensors = [torch.load(f"{name}/adapter.pt", weights_only=True)["tensors"] for name in ("whole", "cut")]
     assert all(torch.equal(tensors[1][name], tensor) for name, tensor in tensors[0].items())
+
+
+@pytest.mark.parametrize("num_blocks", [0, 2])
+def test_h_of_the_last_token_is_that_of_each_text_alone(pair, num_blocks):
+    ours, theirs = pair
+    if num_blocks and ours.config.n_embd == 16:
+        pytest.skip("this OPT is wider between its blocks: no h but of the embeddings")
+    tokens, lengths = torch.randint(50, (3, 9)), torch.tensor([9, 1, 6])
+    encoder = tried.LastToken(ours, num_blocks)
+    h = encoder.fit(encoder(tokens, lengths))
+    expected = []
+    for row, length in zip(tokens, lengths):
+        alone = theirs.get_input_embeddings()(row[:length])
+        if num_blocks:
+            alone = theirs(row[None, :length], output_hidden_states=True).hidden_states[num_blocks][0]
+        expected.append(torch.nn.functional.layer_norm(alone[-1], alone[-1].shape))
+    expected = torch.stack(expected)
+    assert torch.allclose(h, (expected - expected.mean(dim=0)) / expected.std(dim=0), atol=1e-3)
+    assert torch.allclose(h, encoder(tokens, lengths), atol=1e-6)      # as it was fitted
+
+
+@pytest.mark.parametrize("what, method", [("words", "pt"), ("last-token", "lopa")])
+def test_what_was_tried_is_a_study_of_its_own(folders, tmp_path, monkeypatch, capsys, what, method):
+    monkeypatch.chdir(tmp_path)
+    for name in ("load_model", "build", "InstanceEncoder"):
+        monkeypatch.setattr(train, name, getattr(train, name))         # main puts others there; undone at the end
+    starts, encoders = [], []
+    monkeypatch.setattr(train, "fit", lambda config, model, problem: starts.append(model) or encoders.append(
+        problem.encoder) or [dict(epoch=1, loss=1.0, accuracy=0.5, seconds=1.0)])
+    folder, glue = folders
+    tried.main([what, *map(str, [folder, "--task", "sst2", "--data", glue, "--seeds", "0,1", "--num-virtual-tokens", 5])])
+    lines = compare.read_lines(tmp_path / f"runs/sst2-{what}/runs.jsonl")[1:]
+    assert [line["row"] for line in lines if line["stage"] == "seed"] == [method] * 2
+    models = [model for model in starts if isinstance(model, train.Adapted)]
+    if what == "words":
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        words = models[0].gpt.embed(torch.tensor(tokenizer(tried.QUESTION)["input_ids"][:5]))
+        assert all(torch.equal(model.prompt.soft_prompt, words) for model in models)
+    else:
+        assert {type(encoder) for encoder in encoders} == {tried.LastToken}

@@ -181,6 +181,19 @@ def test_every_ablation_reads_the_same_texts_with_room_for_the_longest_prompt(ti
         assert problem.encoder.num_blocks == config.encoder_blocks
 
 
+def test_changes_that_are_named_are_the_only_rows_in_their_order(tiny, tmp_path, monkeypatch):
+    fits = []
+    monkeypatch.setattr(train, "fit", lambda config, model, problem: fits.append((config, model, problem))
+                        or [dict(epoch=1, loss=1.0, accuracy=0.5, seconds=1.0)])
+    rows = ["h after 1 block", "heads that start at random", "as it is"]
+    compare.main([*QUICK, "--encoder-blocks", "2", "--ablate", *rows, "--seeds", "0", "--out", str(tmp_path)])
+    table = (tmp_path / "table.md").read_text().splitlines()
+    assert [row.split(" | ")[0].strip("| ") for row in table[2:]] == rows
+    fits = [config for config, model, _ in fits if isinstance(model, train.Adapted)]
+    assert [config.encoder_blocks for config in fits] == [1] * 4 + [2] * 8
+    assert [config.head_std for config in fits] == [None] * 4 + [0.05] * 4 + [None] * 4
+
+
 def test_a_control_is_lopas_run_with_something_taken_away_seed_by_seed(tiny, tmp_path, fitted):
     compare.main([*QUICK, "--methods", "lopa,lopa-shuffled,lopa-blind", "--seeds", "0,1", "--out", str(tmp_path)])
     own, (_, one), (_, other), (_, blind), _ = fitted[3], *fitted[5:]
@@ -222,6 +235,7 @@ def test_h_elsewhere_and_longer_prompts_are_prepared_for(tiny, tmp_path, monkeyp
     ("--task sst2 --compare", "argument --compare: has no effect here"),
     ("--task sst2 --ablate --methods pt", "argument --methods: --ablate changes lopa alone"),
     ("--task sst2 --ablate --fusion concat", "argument --fusion: --ablate tries concat too"),
+    ("--task sst2 --ablate rank", "argument --ablate: invalid choice: 'rank'"),
     ("--task sst2 --epochs 0", "--epochs: 0 is not between 1 and 1000000"),
     ("--task sst2 --dropout 2", "--dropout: 2.0 is not between 0 and 0.99"),
     ("--task sst2 --max-train 4", "4 training rows are too few to hold out a fifth of them: 5 at least"),

@@ -1,0 +1,62 @@
+"""Two things that train.py has no flag for, tried on a real model with the flags of experiments.compare:
+
+    python -m experiments.tried words FOLDER --task sst2 ...         prompt tuning that starts from a question
+    python -m experiments.tried last-token FOLDER --task sst2 ...    LoPA, h read at the last token alone
+
+Each has a folder of its own, since its lines do not say what was tried: runs/TASK-words, runs/TASK-last-token.
+"""
+
+import argparse
+import sys
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import train
+from experiments import any_model, compare
+from model import InstanceEncoder
+
+QUESTION = " Is this review of a film positive or negative ?"     # ten tokens of SmolLM2's
+
+
+class LastToken(InstanceEncoder):
+    """h from the last real token's hidden state instead of the mean over all of them."""
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Tokens (B, T), right-padded, and lengths (B,) -> h (B, d_h)."""
+        hidden = self.gpt.embed(tokens)                                # (B, T, d)
+        if self.num_blocks:
+            hidden = self.gpt.hidden(hidden, num_blocks=self.num_blocks)
+        last = hidden[torch.arange(len(tokens)), lengths - 1].float()  # (B, d)
+        return (F.layer_norm(last, last.shape[-1:]) - self.mean) / self.std
+
+
+@torch.no_grad()
+def from_words(config: train.Config, problem: train.Problem) -> train.Adapted:
+    """train.build, with the question's embeddings, over and over, where prompt tuning would draw noise."""
+    model = build(config, problem)
+    tokens = problem.tokenizer.encode_ordinary(QUESTION)
+    rows = torch.tensor([tokens[i % len(tokens)] for i in range(config.num_virtual_tokens)])     # (m,)
+    model.prompt.soft_prompt.copy_(model.gpt.embed(rows.to(config.device)))
+    return model
+
+
+build = train.build                      # main puts from_words in its place
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser("python -m experiments.tried", allow_abbrev=False)
+    parser.add_argument("what", choices=["words", "last-token"])
+    parser.add_argument("--task", required=True)
+    args, flags = parser.parse_known_args(argv)
+    if args.what == "words":
+        train.build, method = from_words, "pt"
+    else:
+        train.InstanceEncoder, method = LastToken, "lopa"
+    any_model.main(["compare", *flags, "--task", args.task, "--methods", method,
+                    "--out", f"runs/{args.task}-{args.what}"])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
