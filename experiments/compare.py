@@ -2,6 +2,7 @@
 
     python -m experiments.compare --task sst2                           every method, five seeds (12 minutes)
     python -m experiments.compare --task sst2 --ablate                  LoPA's ablations (15 minutes)
+    python -m experiments.compare --task sst2 --ablate "rank 1" "as it is"     some of them
     python -m experiments.compare --task rte --methods pt,lopa,lopa-blind --seeds 0,1
     python -m experiments.any_model compare FOLDER --task sst2 ...      the same on a model of Transformers
     python -m experiments.compare --table experiments/results/NAME/runs.jsonl
@@ -10,8 +11,8 @@ For each row of the table three learning rates, a third of train.py's, its and t
 fifth of the training rows, held out. The best one then trains on all of them, once for each seed, and the
 last epoch is scored on dev, which nothing was chosen on. A control, lopa-blind say, is LoPA at its rates with
 something taken away. Where three more runs are too dear, --rates-from takes the rates that another study of
-the same methods chose, or train.py's. Every finished run is at once a line of runs.jsonl, and the same
-command goes on where it was. The other flags mean what they mean to train.py.
+the same methods chose. Every finished run is at once a line of runs.jsonl, and the same command goes on where
+it was. The other flags mean what they mean to train.py.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -82,9 +83,8 @@ def study(args: argparse.Namespace) -> str:
             problems[blocks] = train.prepare(replace(base, num_virtual_tokens=longest, encoder_blocks=blocks,
                                                      fusion="gate", quiet=bool(problems) or base.quiet))
     problem = problems[base.encoder_blocks]
-    if (num_rows := len(problem.train)) < 5:
+    if (num_rows := len(problem.train)) < 5 and not rates:
         raise ValueError(f"{num_rows} training rows are too few to hold out a fifth of them: 5 at least")
-    held_out_of = {blocks: whole.hold_out(num_rows // 5) for blocks, whole in problems.items()}
     about = dict(study="compare" if args.ablate is None else "ablate", **base.deciding()) | dict(
         data=problem.source, fingerprint=problem.fingerprint, data_sha256=problem.data_sha256)
     path = default_folder(base, about["study"]) / "runs.jsonl"
@@ -120,10 +120,11 @@ def study(args: argparse.Namespace) -> str:
     for name, config in configs.items():
         tried = replace(config, control=None)                          # a control has LoPA's rates
         row = config.method if config.control else name
-        whole, held_out = problems[config.encoder_blocks], held_out_of[config.encoder_blocks]
-        best = rates.get(name) or max(
-            (scaled(tried, factor) for factor in FACTORS),
-            key=lambda rate: finished(row, "trial", held_out, replace(tried, **rate), seed=0)["accuracy"])
+        whole, best = problems[config.encoder_blocks], rates.get(name)
+        if best is None:
+            held_out = whole.hold_out(num_rows // 5)
+            best = max((scaled(tried, factor) for factor in FACTORS), key=lambda rate: finished(
+                row, "trial", held_out, replace(tried, **rate), seed=0)["accuracy"])
         for seed in args.seeds:
             finished(name, "seed", whole, replace(config, **best), seed)
     result = table(path)
@@ -138,14 +139,12 @@ def scaled(config: train.Config, factor: float) -> dict[str, float]:
     return {name: float(f"{factor * getattr(config, name):.1g}") for name in ("lr", "head_lr")}
 
 
-def chosen_rates(source: str, configs: dict[str, train.Config]) -> dict[str, dict[str, float]]:
-    """The learning rates of each row: train.py's, or another study's. ValueError if that has none."""
-    if source == "train.py":
-        return {name: scaled(config, 1) for name, config in configs.items()}
+def chosen_rates(source: str, names: Iterable[str]) -> dict[str, dict[str, float]]:
+    """The learning rates with which another study ended, of each row. ValueError if it has not got there."""
     _, *lines = read_lines(Path(source))
     rates = {line["row"]: dict(lr=line["lr"], head_lr=line["head_lr"])
              for line in lines if line["stage"] == "seed"}
-    if missing := [name for name in configs if name not in rates]:
+    if missing := [name for name in names if name not in rates]:
         raise ValueError(f"--rates-from: {source} has no finished run of {', '.join(missing)}, but of "
                          f"{', '.join(rates) or 'nothing'}")
     return rates
@@ -245,7 +244,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=listed(int), default=[0, 1, 2, 3, 4], metavar="A,B",
                         help="default: 0,1,2,3,4")
     parser.add_argument("--rates-from", metavar="FILE", help="try no learning rates, take those that another "
-                        "study's runs.jsonl ended with, or train.py's: --rates-from train.py")
+                        "study's runs.jsonl ended with")
     parser.add_argument("--table", metavar="FILE", help="print the table of a runs.jsonl, and train nothing")
     parser.add_argument("--quiet", action="store_true", help="print the table alone")
     args = parser.parse_args(argv)

@@ -93,26 +93,25 @@ def test_rates_are_chosen_on_training_rows_every_seed_is_scored_and_a_rerun_cont
     assert cells_without_seconds(again) == cells_without_seconds(table)
 
 
-def test_rates_can_come_from_another_study_or_from_train_py_and_then_none_is_tried(tiny, tmp_path, capsys, fitted):
+def test_rates_can_come_from_another_study_and_then_none_is_tried(tiny, tmp_path, capsys, fitted):
     chosen = str(tmp_path / "first" / "runs.jsonl")
     compare.main([*QUICK, "--methods", "pt,lopa", "--seeds", "0", "--out", str(tmp_path / "first")])
     rates = {run["method"]: (run["lr"], run["head_lr"])
              for run in runs_in(tmp_path / "first") if run["stage"] == "seed"}
-    usual = {method: train.Config("sst2", method) for method in rates}
-    for source, wanted in ((chosen, rates), ("train.py", {m: (c.lr, c.head_lr) for m, c in usual.items()})):
-        del fitted[:]
-        flags = ["--methods", "pt,lopa", "--seeds", "1,2", "--rates-from", source, "--max-train", "100"]
-        compare.main([*QUICK, *flags, "--out", str(tmp_path / Path(source).stem)])
-        assert [(config.method, config.seed) for config, _ in fitted] == [
-            ("pt", 1), ("pt", 2), ("lopa", 1), ("lopa", 2)]
-        for config, problem in fitted:
-            assert (config.lr, config.head_lr) == wanted[config.method]
-            assert len(problem.train) == 100                           # nothing is held out
-    table = (tmp_path / "train" / "table.md").read_text()              # a row of two rates is two rows
-    path = tmp_path / "train" / "runs.jsonl"
-    path.write_text(path.read_text() + path.read_text().splitlines()[-1].replace('"lr": 0.03', '"lr": 0.5') + "\n")
+    del fitted[:]
+    flags = ["--methods", "pt,lopa", "--seeds", "1,2", "--rates-from", chosen, "--max-train", "4"]     # too few
+    compare.main([*QUICK, *flags, "--out", str(tmp_path / "second")])                                  # to try any
+    assert [(config.method, config.seed) for config, _ in fitted] == [("pt", 1), ("pt", 2), ("lopa", 1), ("lopa", 2)]
+    for config, problem in fitted:
+        assert (config.lr, config.head_lr) == rates[config.method]
+        assert len(problem.train) == 4                                 # nothing is held out
+    table = (tmp_path / "second" / "table.md").read_text()             # a row of two rates is two rows
+    path = tmp_path / "second" / "runs.jsonl"
+    last = path.read_text().splitlines()[-1]
+    path.write_text(path.read_text() + json.dumps(json.loads(last) | dict(lr=0.5)) + "\n")
+    (pt, _), (lr, head_lr) = rates["pt"], rates["lopa"]
     assert [row.split(" | ")[:1] + row.split(" | ")[4:5] for row in compare.table(path).splitlines()[2:5]] == [
-        ["| pt", "0.03"], ["| lopa", "0.03, 0.003"], ["| lopa", "0.5, 0.003"]]
+        ["| pt", f"{pt:g}"], ["| lopa", f"{lr:g}, {head_lr:g}"], ["| lopa", f"0.5, {head_lr:g}"]]
     assert compare.table(path).splitlines()[3] == table.splitlines()[3]
     capsys.readouterr()
     one = [*QUICK, "--methods", "pt,lora", "--out", str(tmp_path / "other"), "--rates-from"]
