@@ -94,8 +94,8 @@ class Head(nn.Module):
     Shapes: h (B, d_h), W_1 (H, d_h), b_1 (H,), W_2 (out, H), b_2 (out,).
 
     Weights start as N(0, 1/fan_in), or with `init_std` as N(0, init_std^2). The released code has 0.02
-    (utils/model.py @0b7e1ae, init_predictor_head) for an encoder 1024 wide, where 1/sqrt(fan_in) is 0.03;
-    following the width is the same rule there and works at 64. Biases are as released: b_2 = 0, b_1
+    (utils/model.py @0b7e1ae, init_predictor_head) for an encoder 1024 wide, where 1/sqrt(fan_in) is 0.03
+    in the first layer and 0.06 in the last; following the width works at 64 too. Biases are as released: b_2 = 0, b_1
     PyTorch's.
     """
 

@@ -62,8 +62,8 @@ from lopa import FUSIONS, METHODS, Head, add_lora, get_nb_trainable_parameters
 from model import GPT, PRETRAINING, InstanceEncoder, cosine_factor, pretrain, tiny_config
 
 # Peak learning rates of each method on the tiny GPT and on a real model. The former were chosen on held-out
-# training rows of the sample; those of lopa, idpg and pt on a real model too, with SmolLM2-135M and SST-2
-# (experiments/README.md). The other rates of real models are starting points that nobody has tried here.
+# training rows of the sample; those of lopa, idpg, pt, dpt and lora were tried on a real model too, SmolLM2-135M
+# with SST-2 (experiments/README.md). The other rates of real models are starting points that nobody tried.
 LEARNING_RATES = {"lopa": (3e-2, 3e-2), "idpg": (3e-2, 3e-2), "pt": (3e-2, 3e-2), "dpt": (3e-2, 1e-2),
                   "bpt": (1e-2, 1e-2), "residual": (1e-2, 1e-3), "dept": (3e-2, 1e-2), "adept": (1e-2, 3e-3),
                   "lora": (3e-3, 1e-3), "full": (1e-3, 3e-5)}
