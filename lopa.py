@@ -95,8 +95,8 @@ class Head(nn.Module):
 
     Weights start as N(0, 1/fan_in), or with `init_std` as N(0, init_std^2). The released code has 0.02
     (utils/model.py @0b7e1ae, init_predictor_head) for an encoder 1024 wide, where 1/sqrt(fan_in) is 0.03
-    in the first layer and 0.06 in the last; following the width works at 64 too. Biases are as released: b_2 = 0, b_1
-    PyTorch's.
+    in the first layer and 0.06 in the last; following the width works at 64 too. Biases are as released:
+    b_2 = 0, b_1 PyTorch's.
     """
 
     def __init__(self, instance_dim: int, hidden_dim: int, out_features: int, dropout: float,
@@ -326,13 +326,16 @@ class LoRALinear(nn.Module):
     GPT-2's c_attn computes query, key and value at once: its W_0 (3 d, d) is num_parts = 3 matrices (d, d),
     one below the other. Each part has an A (r, in) and a B (out / num_parts, r) of its own, B = 0 at the
     start; for c_attn 2 d r trainable numbers a part. alpha = 2 r, so alpha / r = 2.
-    Shapes: x (..., in) -> (..., out).
+    Shapes: x (..., in) -> (..., out). Raises ValueError if it is several parts and they are not square.
     """
 
     def __init__(self, linear: nn.Linear, rank: int, num_parts: int = 1):
         super().__init__()
         require_positive(rank=rank)
         p, d_in = num_parts, linear.in_features
+        if p > 1 and linear.out_features != p * d_in:
+            raise ValueError(f"a layer of {linear.out_features} outputs and {d_in} inputs is not {p} square "
+                             "matrices, one below the other: name another number of them")
         self.linear = linear.requires_grad_(False)
         self.A = nn.Parameter(torch.empty(p, rank, d_in).uniform_(-1, 1) / math.sqrt(d_in))  # (p, r, in)
         self.B = nn.Parameter(torch.zeros(p, linear.out_features // p, rank))                # (p, out/p, r)

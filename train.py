@@ -62,8 +62,9 @@ from lopa import FUSIONS, METHODS, Head, add_lora, get_nb_trainable_parameters
 from model import GPT, PRETRAINING, InstanceEncoder, cosine_factor, pretrain, tiny_config
 
 # Peak learning rates of each method on the tiny GPT and on a real model. The former were chosen on held-out
-# training rows of the sample; those of lopa, idpg, pt, dpt and lora were tried on a real model too, SmolLM2-135M
-# with SST-2 (experiments/README.md). The other rates of real models are starting points that nobody tried.
+# training rows of the sample; those of lopa, idpg, pt, dpt and lora were tried on a real model too, with
+# SmolLM2-135M and SST-2 (experiments/README.md). The other rates of real models are starting points that
+# nobody has tried here.
 LEARNING_RATES = {"lopa": (3e-2, 3e-2), "idpg": (3e-2, 3e-2), "pt": (3e-2, 3e-2), "dpt": (3e-2, 1e-2),
                   "bpt": (1e-2, 1e-2), "residual": (1e-2, 1e-3), "dept": (3e-2, 1e-2), "adept": (1e-2, 3e-3),
                   "lora": (3e-3, 1e-3), "full": (1e-3, 3e-5)}
@@ -538,7 +539,7 @@ class Problem:
     ending: Tensor | None = None         # (n,), tokens that the template has after the text
     source: str = ""                     # which data this is
     fingerprint: str = ""                # of all frozen weights that an adapter depends on
-    data_sha256: str = ""                # of the encoded texts and labels
+    data_sha256: str = ""                # of the encoded texts and labels, and of the label words
     pretrain_seconds: float = 0.0
     kinds: Sequence[str] = ()            # of the sample's dev sentences
     task: data.Task | None = None        # needed for answers alone
@@ -591,8 +592,11 @@ class Problem:
         "shuffled": its h is that of some other text, so the prompt knows nothing of the text, and is noise.
         "constant": its h is the training split's average, so the prompt knows nothing, without the noise.
         "blind": the text is gone, and the model reads the prompt and the template's end: what it answers, it
-        has from h alone.
+        has from h alone. Raises ValueError where the template ends with the text.
         """
+        if control == "blind" and not len(self.ending):
+            raise ValueError("control blind: the task has nothing after its text: end its template with a "
+                             "word")
         generator = torch.Generator().manual_seed(seed)
 
         def change(split: data.Encoded) -> data.Encoded:
@@ -626,7 +630,8 @@ def prepare(config: Config) -> Problem:
     if len(models := set(gathered(frozen))) > 1:
         raise ValueError(f"the processes have different frozen models ({', '.join(models)}): "
                          "copy the .cache of one to all")
-    room, sha256 = text_room(config, gpt, encoder, task.max_answer), hashlib.sha256()
+    label_ids, ending = data.label_tokens(task, tokenizer), data.template_ending(task, tokenizer)
+    room, sha256 = text_room(config, gpt, encoder, task.max_answer), hashlib.sha256(label_ids.numpy())
 
     def encode(rows: list[data.Row]) -> data.Encoded:
         split = data.encode(task, rows, tokenizer, room)
@@ -649,12 +654,8 @@ def prepare(config: Config) -> Problem:
     if config.data and config.model == "tiny":
         config.say("note: the tiny GPT has read a few thousand synthetic sentences and nothing else, so real "
                    "text is beyond it whatever the prompt; it needs a model that has read some: --model gpt2")
-    label_ids = data.label_tokens(task, tokenizer).to(config.device)
-    ending = data.template_ending(task, tokenizer).to(config.device)
-    if config.control == "blind" and not len(ending):
-        raise ValueError(f"--control blind: task {config.task} has nothing after its text: end its template "
-                         "with a word")
     sample = config.data is None and config.model == "tiny" and task.kind
+    label_ids, ending = label_ids.to(config.device), ending.to(config.device)
     problem = Problem(gpt, encoder, label_ids, train, tests, ending, source, frozen, sha256.hexdigest()[:12],
                       pretrain_seconds, [task.kind(texts) for texts, _ in dev_rows["dev"]] if sample else (),
                       task, tokenizer, {name: [texts.get("task_id", i) for i, (texts, _) in enumerate(rows)]

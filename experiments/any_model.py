@@ -18,10 +18,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 import train
+from data import short
 from experiments import compare
 from model import GPT
 
@@ -40,8 +41,12 @@ class AnyModel(nn.Module):
         super().__init__()
         self.language_model = language_model
         c, table = language_model.config, language_model.get_input_embeddings().weight
+        if not hasattr(c, "max_position_embeddings"):
+            raise ValueError(f"{type(language_model).__name__} does not say how long its context is: "
+                             "give AnyModel.config the rest")
         self.config = SimpleNamespace(vocab_size=len(table), n_embd=table.shape[1],
                                       n_positions=c.max_position_embeddings, n_layer=c.num_hidden_layers)
+        language_model.generation_config = GenerationConfig()          # no penalties, nothing sampled
         for parent in list(language_model.modules()):                  # add_lora wraps nn.Linear, and GPT-2's
             for name, child in list(parent.named_children()):          # layers are transposed ones
                 if isinstance(child, Conv1D):
@@ -58,21 +63,14 @@ class AnyModel(nn.Module):
         """Token ids (B, T) -> token embeddings (B, T, d)."""
         return self.language_model.get_input_embeddings()(tokens)
 
-    def hidden(self, inputs_embeds: Tensor, num_blocks: int | None = None, past: list[list] | None = None,
-               real: Tensor | None = None) -> Tensor:
+    def hidden(self, inputs_embeds: Tensor, num_blocks: int | None = None) -> Tensor:
         """Embedded input (B, T, d) -> last hidden states (B, T, d), or those after `num_blocks` blocks.
 
-        Transformers gives those after the last block with the final norm, and model.GPT without it. `past`
-        and `real` are model.GPT's; what comes first in `past` is Transformers' cache of all blocks. Raises
+        Transformers gives those after the last block with the final norm, and model.GPT without it. Raises
         ValueError for `num_blocks` of a model that is wider between its blocks than its embeddings.
         """
-        positions = None if real is None else real.sum(dim=1, keepdim=True) - 1          # (B, 1)
-        output = self.language_model.base_model(
-            inputs_embeds=inputs_embeds, use_cache=past is not None, attention_mask=real,
-            position_ids=positions, past_key_values=past[0][0] if past and past[0] else None,
-            output_hidden_states=num_blocks is not None)
-        if past is not None:
-            past[0][:] = [output.past_key_values]
+        output = self.language_model.base_model(inputs_embeds=inputs_embeds, use_cache=False,
+                                                output_hidden_states=num_blocks is not None)
         if num_blocks is None:
             return output.last_hidden_state
         if (width := output.hidden_states[num_blocks].shape[-1]) != self.config.n_embd:      # OPT-350M
@@ -96,7 +94,21 @@ class AnyModel(nn.Module):
         """Token ids (B, T) -> logits (B, T, vocab_size)."""
         return self.logits(self.hidden(self.embed(tokens)))
 
-    fingerprint, generate = GPT.fingerprint, GPT.generate
+    def generate(self, inputs_embeds: Tensor, max_new_tokens: int, lengths: Tensor, ends: Tensor) -> Tensor:
+        """Embedded input (B, T, d), lengths (B,) -> the likeliest next tokens (B, max_new_tokens).
+
+        Like model.GPT's, by Transformers' own, which wants the padding on the left: sliding windows and
+        convolutions would count what stands between a text and its answer.
+        """
+        T = inputs_embeds.shape[1]
+        places = torch.arange(T, device=lengths.device) - (T - lengths)[:, None]       # (B, T), 0: a row's first
+        shifted = inputs_embeds.take_along_dim(places.clamp(min=0)[..., None], dim=1)
+        tokens = self.language_model.generate(
+            inputs_embeds=shifted, attention_mask=(places >= 0).long(), eos_token_id=ends.tolist(),
+            pad_token_id=ends[0].item(), max_new_tokens=max_new_tokens, do_sample=False)
+        return F.pad(tokens, (0, max_new_tokens - tokens.shape[1]), value=ends[0].item())
+
+    fingerprint = GPT.fingerprint
 
 
 class Tokenizer:
@@ -116,12 +128,22 @@ class Tokenizer:
 
 def load_model(name: str, config: train.Config) -> tuple[AnyModel, Tokenizer, float]:
     """In place of train.load_model: (frozen model, its tokenizer, 0 seconds of pre-training)."""
+    if not Path(name).is_dir():
+        raise ValueError(f"{name} is no folder: name, first of all, one that holds a model of Transformers")
     files = [path.name for path in Path(name).glob("*.gguf")][:1]
-    gguf = {"gguf_file": files[0]} if files else {}
+    here = {"local_files_only": True} | ({"gguf_file": files[0]} if files else {})
     # Eager attention: the fused kernel's backward pass takes twice its time in bfloat16 on a CPU without AMX.
-    language_model = AutoModelForCausalLM.from_pretrained(
-        name, dtype=getattr(torch, config.dtype), attn_implementation="eager", local_files_only=True, **gguf)
-    tokenizer = Tokenizer(AutoTokenizer.from_pretrained(name, local_files_only=True, **gguf))
+    try:
+        language_model, found = AutoModelForCausalLM.from_pretrained(
+            name, dtype=getattr(torch, config.dtype), attn_implementation="eager", output_loading_info=True,
+            **here)
+        tokenizer = Tokenizer(AutoTokenizer.from_pretrained(name, **here))
+    except Exception as error:                                         # each kind of file has its own ones
+        raise ValueError(f"{name}: Transformers cannot read a model and its tokenizer there: "
+                         f"{short(error, 160)}") from None
+    if missing := found["missing_keys"]:                               # which it filled with random numbers
+        raise ValueError(f"{name} lacks {len(missing)} of the model's tensors, {short(min(missing))} for "
+                         "one: get the files again")
     model = AnyModel(language_model).to(config.device)
     return model.requires_grad_(False).eval(), tokenizer, 0.0
 

@@ -20,7 +20,7 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -54,6 +54,10 @@ ON_REQUEST = {f"h after {blocks} blocks": dict(encoder_blocks=blocks) for blocks
 
 FACTORS = (1, 1 / 3, 3)                  # of train.py's learning rates, to try; of equals the first wins
 
+# What a line of a run has, at least, and the line before all runs.
+RUN_KEYS = {"row", "method", "lr", "head_lr", "seed", "accuracy", "seconds", "trainable_parameters"}
+BEFORE_KEYS = {"scored_on", "d_h", "labels"}
+
 VARIED = ("method", "control", "lr", "head_lr", "seed")      # from run to run, besides ABLATIONS
 
 # Flags of train.py that would change nothing here, and why.
@@ -66,8 +70,11 @@ REFUSED = {
     "predict": "train.py does", "adapter": "train.py does", "compare": "leave it out"}
 
 
-def study(args: argparse.Namespace) -> str:
-    """Make the runs that are not in runs.jsonl yet; returns the table, which is in table.md too."""
+def study(args: argparse.Namespace, kind: str) -> str:
+    """Make the runs that are not in runs.jsonl yet; returns the table, which is in table.md too.
+
+    kind: what the study is called in the file's first line and in the folder's name.
+    """
     say = (lambda text: None) if args.quiet else partial(print, flush=True)
     given = {f.name: vars(args)[f.name] for f in fields(train.Config) if f.name in args}
     changes = {name: (ABLATIONS | ON_REQUEST)[name] for name in args.ablate or ABLATIONS}
@@ -76,6 +83,8 @@ def study(args: argparse.Namespace) -> str:
     base = train.Config(**given)
     configs = {name: train.Config(**given | change) for name, change in changes.items()}
     rates = chosen_rates(args.rates_from, configs) if args.rates_from else {}
+    path = default_folder(base, kind) / "runs.jsonl"
+    train.require_writable(path.parent)                                # before the work, not after it
     longest = max(c.num_virtual_tokens * (2 if c.fusion == "concat" else 1) for c in configs.values())
     problems = {}                        # one for each place where h is read, with one room for all texts
     for blocks in [base.encoder_blocks, *(config.encoder_blocks for config in configs.values())]:
@@ -85,18 +94,20 @@ def study(args: argparse.Namespace) -> str:
     problem = problems[base.encoder_blocks]
     if (num_rows := len(problem.train)) < 5 and not rates:
         raise ValueError(f"{num_rows} training rows are too few to hold out a fifth of them: 5 at least")
-    about = dict(study="compare" if args.ablate is None else "ablate", **base.deciding()) | dict(
+    for config in configs.values():
+        problem.controlled(config.control)                             # ValueError, if it cannot be
+    about = dict(study=kind, **base.deciding()) | dict(
         data=problem.source, fingerprint=problem.fingerprint, data_sha256=problem.data_sha256)
-    path = default_folder(base, about["study"]) / "runs.jsonl"
-    lines = earlier_lines(path, {name: value for name, value in about.items() if name not in VARIED})
+    lines: list[dict] = []
 
     def finished(row: str, stage: str, problem: train.Problem, config: train.Config, seed: int) -> dict:
         """The line of a run, which is made if it is not there."""
         config = replace(config, seed=seed, quiet=True)
         wanted = dict(stage=stage, **config.deciding()) | dict(data=problem.source)
-        for line in lines[1:]:
-            if wanted.items() <= line.items():
-                return line
+        if same := [line for line in lines[1:] if wanted.items() <= line.items()]:
+            if stage == "seed" and row not in [line["row"] for line in same]:
+                add(same[0] | dict(row=row))                           # one run, two rows of the table
+            return same[0]
         model, problem = train.build(config, problem), problem.controlled(config.control, seed)
         one_row = problem.test[torch.tensor([0], device=config.device)]    # only the last epoch is scored
         try:
@@ -114,22 +125,24 @@ def study(args: argparse.Namespace) -> str:
         lines.append(line)
         data.save_file(path, lines)
 
-    if not any(line["stage"] == "before" for line in lines[1:]):
-        add(dict(stage="before", scored_on=problem.test_name, d_h=len(problem.encoder.mean),
-                 labels=len(problem.label_ids)) | train.baselines(base, problem))
-    for name, config in configs.items():
-        tried = replace(config, control=None)                          # a control has LoPA's rates
-        row = config.method if config.control else name
-        whole, best = problems[config.encoder_blocks], rates.get(name)
-        if best is None:
-            held_out = whole.hold_out(num_rows // 5)
-            best = max((scaled(tried, factor) for factor in FACTORS), key=lambda rate: finished(
-                row, "trial", held_out, replace(tried, **rate), seed=0)["accuracy"])
-        for seed in args.seeds:
-            finished(name, "seed", whole, replace(config, **best), seed)
-    result = table(path)
-    with data.whole(path.with_name("table.md"), "the table") as file:
-        file.write(result.encode())
+    with train.locked(path.parent):      # two of them would write over each other's lines
+        lines += earlier_lines(path, {name: value for name, value in about.items() if name not in VARIED})
+        if len(lines) == 1:
+            add(dict(stage="before", scored_on=problem.test_name, d_h=len(problem.encoder.mean),
+                     labels=len(problem.label_ids)) | train.baselines(base, problem))
+        for name, config in configs.items():
+            tried = replace(config, control=None)                          # a control has LoPA's rates
+            row = config.method if config.control else name
+            whole, best = problems[config.encoder_blocks], rates.get(name)
+            if best is None:
+                held_out = whole.hold_out(num_rows // 5)
+                best = max((scaled(tried, factor) for factor in FACTORS), key=lambda rate: finished(
+                    row, "trial", held_out, replace(tried, **rate), seed=0)["accuracy"])
+            for seed in args.seeds:
+                finished(name, "seed", whole, replace(config, **best), seed)
+        result = table(path)
+        with data.whole(path.with_name("table.md"), "the table") as file:
+            file.write(result.encode())
     say(f"\n{args.task}, {problem.source}, {len(args.seeds)} seeds; wrote {path} and table.md:\n")
     return result
 
@@ -139,21 +152,22 @@ def scaled(config: train.Config, factor: float) -> dict[str, float]:
     return {name: float(f"{factor * getattr(config, name):.1g}") for name in ("lr", "head_lr")}
 
 
-def chosen_rates(source: str, names: Iterable[str]) -> dict[str, dict[str, float]]:
+def chosen_rates(source: str, configs: dict[str, train.Config]) -> dict[str, dict[str, float]]:
     """The learning rates with which another study ended, of each row. ValueError if it has not got there."""
-    _, *lines = read_lines(Path(source))
+    _, _, *lines = read_lines(Path(source))
     rates = {line["row"]: dict(lr=line["lr"], head_lr=line["head_lr"])
              for line in lines if line["stage"] == "seed"}
-    if missing := [name for name in names if name not in rates]:
+    rows = {name: config.method if config.control else name for name, config in configs.items()}
+    if missing := [row for row in rows.values() if row not in rates]:
         raise ValueError(f"--rates-from: {source} has no finished run of {', '.join(missing)}, but of "
                          f"{', '.join(rates) or 'nothing'}")
-    return rates
+    return {name: rates[row] for name, row in rows.items()}
 
 
 def table(path: Path) -> str:
     """The table of a study's runs.jsonl, in Markdown."""
-    about, *lines = read_lines(path)
-    ablate, before = about["study"] == "ablate", next(line for line in lines if line["stage"] == "before")
+    about, before, *lines = read_lines(path)
+    ablate = about["study"] == "ablate"
     groups: dict[tuple, list[dict]] = {}                               # the seeds of a row at one rate
     for line in lines:
         if line["stage"] == "seed":
@@ -197,12 +211,13 @@ def earlier_lines(path: Path, about: dict) -> list[dict]:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The lines of a study's runs.jsonl; ValueError if it is something else."""
+    """The lines of a study's runs.jsonl: what it is about, what was before, each run. ValueError: it is none."""
     try:
-        about, *lines = [dict(json.loads(line)) for line in path.read_text().splitlines()]
-        if "study" in about and all("stage" in line for line in lines):
-            return [about, *lines]
-    except (ValueError, TypeError):                                    # no lines, or not all JSON objects
+        about, before, *lines = [dict(json.loads(line)) for line in path.read_text().splitlines()]
+        if "study" in about and before["stage"] == "before" and BEFORE_KEYS <= before.keys() and all(
+                line["stage"] in ("trial", "seed") and RUN_KEYS <= line.keys() for line in lines):
+            return [about, before, *lines]
+    except (ValueError, TypeError, KeyError, RecursionError):          # too few lines, or no JSON objects
         pass
     raise ValueError(f"{path} is damaged, or no runs.jsonl: delete it, or name another")
 
@@ -257,16 +272,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.ablate is not None and args.fusion != "gate":
         parser.error(f"argument --fusion: --ablate tries {args.fusion} too, and LoPA has the gate")
     args.methods = args.methods or list(TRAINED)
+    for seed in args.seeds:
+        train.check_option("seed", seed, (int,))
     return args
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, kind: str | None = None) -> None:
     """The command line. Exits with 2 and one line for bad input, 130 for Ctrl-C."""
     try:
         args = parse_args(argv)
         if "LOCAL_RANK" in os.environ:
             raise ValueError("it trains many small models one by one: start it without torchrun")
-        print(table(Path(args.table)) if args.table else study(args), end="")
+        kind = kind or ("compare" if args.ablate is None else "ablate")
+        print(table(Path(args.table)) if args.table else study(args, kind), end="")
     except (ValueError, OSError) as error:
         print(f"compare: error: {data.short(error, 300)}", file=sys.stderr)
         sys.exit(2)

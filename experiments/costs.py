@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 import train
+from data import short
 from experiments import any_model
 from experiments.benchmark import ROOT, adamw, our_step, seconds
 from lopa import get_nb_trainable_parameters
@@ -60,14 +61,17 @@ def costs(args: argparse.Namespace) -> str:
     order = train.shuffled_batches(split, BATCH_SIZE, torch.Generator().manual_seed(0))
     for batch in train.batches(split, order):
         for method in METHODS:
-            steps[method].append(seconds(lambda: our_step(models[method].train(), optimizers[method], batch)))
-    for row in range(NUM_TEXTS):
-        text = split[row:row + 1]
+            def step():
+                our_step(models[method].train(), optimizers[method], batch)
+            step()                                                     # a new shape is slow at first
+            steps[method].append(seconds(step))
+    for text in train.batches(split, [torch.tensor([row]) for row in range(NUM_TEXTS)]):       # not padded
         for method, model in models.items():
             def answer():                                              # h is a part of it where it is used
                 h = encoder(text.tokens, text.lengths) if method in ("idpg", "lopa") else text.instances
                 model.eval()(text.tokens, text.lengths, h)
             with torch.no_grad():
+                answer()
                 answers[method].append(seconds(answer))
     header = ["method", "trainable", "a step, seconds", "compared with pt", "peak of a step, MB", "one text, ms"]
     lines = [f"| {' | '.join(header)} |", "|" + " --- |" * len(header)]
@@ -92,7 +96,11 @@ def main() -> None:
     parser.add_argument("--peak", choices=METHODS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     train.load_model = any_model.load_model
-    print(peak_of_a_step(args) if args.peak else costs(args))
+    try:
+        print(peak_of_a_step(args) if args.peak else costs(args))
+    except (ValueError, OSError) as error:
+        print(f"costs: error: {short(error, 300)}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

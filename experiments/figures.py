@@ -126,8 +126,8 @@ def singular_values(folder: Path) -> Figure:
 def accuracy_against_rows(_: Path) -> Figure:
     """On SmolLM2-135M and real SST-2, from the committed runs of compare."""
     scores, steps = {}, {}                                             # of (method, rows to train on); of rows
-    for path in sorted((ROOT / "experiments" / "results").glob("smollm2-sst2*/runs.jsonl")):
-        for run in lines_of(path)[1:]:
+    for name in ("smollm2-sst2-250", "smollm2-sst2", "smollm2-sst2-4000"):
+        for run in lines_of(ROOT / "experiments" / "results" / name / "runs.jsonl")[1:]:
             if run["stage"] == "seed" and not run["control"] and run["method"] in ROW_STYLES:
                 rows = run["max_train"]
                 scores.setdefault((run["method"], rows), []).append(run["accuracy"])

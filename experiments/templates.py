@@ -4,6 +4,7 @@
 """
 
 import argparse
+import sys
 from dataclasses import replace
 
 import torch
@@ -28,9 +29,18 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=500)
     parser.add_argument("--dtype", default="bfloat16")
     args = parser.parse_args()
-    print("| task | template | label words | accuracy on training rows |\n| --- | --- | --- | --- |")
-    config = train.Config(task="sst2", model=args.folder, dtype=args.dtype)
+    try:
+        scores(args)
+    except (ValueError, OSError) as error:
+        print(f"templates: error: {data.short(error, 300)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def scores(args: argparse.Namespace) -> None:
+    """Print the table, row by row."""
+    config = train.Config(task="sst2", model=args.folder, dtype=args.dtype, max_train=args.rows, device="cpu")
     gpt, tokenizer, _ = any_model.load_model(args.folder, config)      # once: it does not depend on the task
+    print("| task | template | label words | accuracy on training rows |\n| --- | --- | --- | --- |")
     for name, templates in TEMPLATES.items():
         rows, _, _ = data.load_task(name, args.data, args.rows)
         for template, *words in templates:

@@ -3,10 +3,9 @@
     python -m experiments.tried words FOLDER --task sst2 ...         prompt tuning that starts from a question
     python -m experiments.tried last-token FOLDER --task sst2 ...    LoPA, h read at the last token alone
 
-Each has a folder of its own, since its lines do not say what was tried: runs/TASK-words, runs/TASK-last-token.
+It is a comparison of one method; --methods takes others that have a start, or heads, of their own.
 """
 
-import argparse
 import sys
 
 import torch
@@ -36,6 +35,8 @@ class LastToken(InstanceEncoder):
 def from_words(config: train.Config, problem: train.Problem) -> train.Adapted:
     """train.build, with the question's embeddings, over and over, where prompt tuning would draw noise."""
     model = build(config, problem)
+    if not hasattr(model.prompt, "soft_prompt"):
+        raise ValueError(f"{config.method} has no soft prompt that could start from words: try pt or lopa")
     tokens = problem.tokenizer.encode_ordinary(QUESTION)
     rows = torch.tensor([tokens[i % len(tokens)] for i in range(config.num_virtual_tokens)])     # (m,)
     model.prompt.soft_prompt.copy_(model.gpt.embed(rows.to(config.device)))
@@ -46,16 +47,16 @@ build = train.build                      # main puts from_words in its place
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("python -m experiments.tried", allow_abbrev=False)
-    parser.add_argument("what", choices=["words", "last-token"])
-    parser.add_argument("--task", required=True)
-    args, flags = parser.parse_known_args(argv)
-    if args.what == "words":
+    what, *flags = argv or [""]
+    if what == "words":
         train.build, method = from_words, "pt"
-    else:
+    elif what == "last-token":
         train.InstanceEncoder, method = LastToken, "lopa"
-    any_model.main(["compare", *flags, "--task", args.task, "--methods", method,
-                    "--out", f"runs/{args.task}-{args.what}"])
+    else:
+        print("tried: error: name what to try, words or last-token, then the model's folder", file=sys.stderr)
+        sys.exit(2)
+    train.load_model = any_model.load_model
+    compare.main(["--methods", method, "--model", *flags], kind=what)
 
 
 if __name__ == "__main__":

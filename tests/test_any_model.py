@@ -1,12 +1,19 @@
 """experiments/any_model.py: models of Transformers behind the interface of model.GPT, and train.py on one of them."""
 import dataclasses
+import importlib
 import json
 import os
+import re
+import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: experiments/requirements.txt")
+import safetensors.torch
+
 import data
 import train
 from experiments import any_model, compare, tried
@@ -28,11 +35,12 @@ CONFIGS = {
 def pair(request):
     """(the adapter, another instance of the same model, in Transformers' hands alone)."""
     torch.manual_seed(0)
-    theirs = transformers.AutoModelForCausalLM.from_config(CONFIGS[request.param]()).eval()
+    config = (CONFIGS | WINDOWED)[request.param]
+    theirs = transformers.AutoModelForCausalLM.from_config(config()).eval()
     with torch.no_grad():                                              # norms and biases start at 1 and 0
         for p in theirs.parameters():
             p += 0.05 * torch.randn_like(p)
-    twin = transformers.AutoModelForCausalLM.from_config(CONFIGS[request.param]()).eval()
+    twin = transformers.AutoModelForCausalLM.from_config(config()).eval()
     twin.load_state_dict(theirs.state_dict())
     return any_model.AnyModel(twin).requires_grad_(False), theirs
 
@@ -86,7 +94,7 @@ def test_lora_finds_the_attention_projections_starts_as_the_model_and_merges(pai
     add_lora(ours, rank=2)
     assert torch.allclose(ours(tokens), expected, atol=1e-5)
     trained = {name: p for name, p in ours.named_parameters() if p.requires_grad}
-    assert sum(name.endswith(".A") for name in trained) % 3 == 0 and trained       # something in every block
+    assert {re.search(r"\.(\d)\.", name)[1] for name in trained} == set("012")     # something in every block
     for p in trained.values():
         p.data.normal_(std=0.2)
     adapted = ours(tokens)
@@ -95,15 +103,29 @@ def test_lora_finds_the_attention_projections_starts_as_the_model_and_merges(pai
     assert torch.allclose(ours(tokens), adapted, atol=1e-4) and get_nb_trainable_parameters(ours)[0] == 0
 
 
-def test_unequal_rows_are_generated_with_a_cache_as_each_is_without_one(pair):
+WINDOWED = {                                                          # what padding amid a text would disturb
+    "mistral": lambda: transformers.MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=4),
+    "lfm2": lambda: transformers.Lfm2Config(**SIZES, num_key_value_heads=2, layer_types=["conv", "full_attention", "conv"]),
+}
+
+
+@pytest.mark.parametrize("pair", [*CONFIGS, *WINDOWED], indirect=True)
+def test_unequal_rows_are_generated_as_each_is_without_a_cache(pair):
     ours, theirs = pair
     tokens, lengths = torch.randint(50, (4, 9)), torch.tensor([9, 4, 1, 6])
-    generated = ours.generate(ours.embed(tokens), 12, lengths)
-    assert generated.unique().numel() > 3
-    for row, length, found in zip(tokens, lengths, generated):
-        whole = torch.cat([row[:length], found])[None]
-        with torch.no_grad():
-            assert torch.equal(theirs(whole).logits[0, length - 1:-1].argmax(dim=-1), found)
+    free = ours.generate(ours.embed(tokens), 12, lengths, ends=torch.tensor([49]))
+    assert free.unique().numel() > 3
+    ends = torch.stack([free[0, 3], torch.tensor(49)])                 # now the first row ends sooner, or others do
+    for generated, ends in ((free, ends[1:]), (ours.generate(ours.embed(tokens), 12, lengths, ends), ends)):
+        assert generated.shape == (4, 12)
+        for row, length, found in zip(tokens, lengths, generated):
+            over = torch.isin(found, ends).nonzero()[:1, 0]
+            if len(over):                                              # behind it stands nothing but ends[0]
+                assert (found[over + 1:] == ends[0]).all()
+                found = found[:over + 1]
+            whole = torch.cat([row[:length], found])[None]
+            with torch.no_grad():
+                assert torch.equal(theirs(whole).logits[0, length - 1:-1].argmax(dim=-1), found)
 
 
 def test_a_model_that_does_more_to_its_logits_is_refused():
@@ -224,7 +246,8 @@ def test_what_was_tried_is_a_study_of_its_own(folders, tmp_path, monkeypatch, ca
         problem.encoder) or [dict(epoch=1, loss=1.0, accuracy=0.5, seconds=1.0)])
     folder, glue = folders
     tried.main([what, *map(str, [folder, "--task", "sst2", "--data", glue, "--seeds", "0,1", "--num-virtual-tokens", 5])])
-    lines = compare.read_lines(tmp_path / f"runs/sst2-{what}/runs.jsonl")[1:]
+    about, _, *lines = compare.read_lines(next(tmp_path.glob(f"runs/sst2-{what}-*/runs.jsonl")))
+    assert about["study"] == what
     assert [line["row"] for line in lines if line["stage"] == "seed"] == [method] * 2
     models = [model for model in starts if isinstance(model, train.Adapted)]
     if what == "words":
@@ -233,3 +256,80 @@ def test_what_was_tried_is_a_study_of_its_own(folders, tmp_path, monkeypatch, ca
         assert all(torch.equal(model.prompt.soft_prompt, words) for model in models)
     else:
         assert {type(encoder) for encoder in encoders} == {tried.LastToken}
+
+
+@pytest.mark.parametrize("command, message", [
+    ("any_model --task sst2", "tiny is no folder: name, first of all, one that holds a model of Transformers"),
+    ("any_model empty --task sst2 --data GLUE", "empty: Transformers cannot read a model and its tokenizer there: "),
+    ("any_model cut --task sst2 --data GLUE", "cut: Transformers cannot read a model and its tokenizer there: "),
+    ("any_model without --task sst2 --data GLUE", "without lacks 2 of the model's tensors, model.layers.1."),
+    ("tried", "name what to try, words or last-token, then the model's folder"),
+    ("tried rank MODEL --task sst2", "name what to try, words or last-token"),
+    ("tried words nowhere --task sst2", "there is no model nowhere"),
+    ("tried words MODEL --task sst2 --data GLUE --methods lora", "lora has no soft prompt that could start from words"),
+    ("tried words MODEL --task sst2 --data GLUE --seeds -1", "--seed: -1 is not between"),
+    ("templates nowhere --data GLUE", "there is no model nowhere"),
+    ("templates MODEL --data nowhere", "nowhere/SST-2/train.tsv not found"),
+    ("templates MODEL --data GLUE --rows 0", "--max-train: 0 is not between"),
+    ("templates MODEL --data GLUE --dtype float17", "--dtype: 'float17' is none of float32, bfloat16"),
+    ("costs nowhere --data GLUE", "there is no model nowhere"),
+    ("costs MODEL --data nowhere", "nowhere/SST-2/train.tsv not found"),
+])
+def test_bad_input_gets_one_line(folders, tmp_path, monkeypatch, capsys, command, message):
+    monkeypatch.chdir(tmp_path)
+    for name in ("load_model", "build", "InstanceEncoder", "COMMAND"):
+        monkeypatch.setattr(train, name, getattr(train, name))
+    folder, glue = folders
+    (tmp_path / "empty").mkdir()
+    for name in ("cut", "without"):
+        shutil.copytree(folder, tmp_path / name)
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    kept = safetensors.torch.load_file(folder / "model.safetensors")
+    for part in ("gate", "up"):
+        del kept[f"model.layers.1.mlp.{part}_proj.weight"]
+    safetensors.torch.save_file(kept, tmp_path / "without" / "model.safetensors", {"format": "pt"})
+    program, *flags = command.replace("MODEL", str(folder)).replace("GLUE", str(glue)).split()
+    module = importlib.import_module(f"experiments.{program}")
+    monkeypatch.setattr(sys, "argv", [program, *flags])
+    with pytest.raises(SystemExit) as stop:
+        module.main(*[flags] if program in ("any_model", "tried") else [])
+    line, = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and f"error: {message}" in line
+
+
+def test_templates_are_scored_as_the_bare_model_answers(folders, capsys, monkeypatch):
+    from experiments import templates
+
+    folder, glue = folders
+    words = [("{sentence} . It was", " terrible", " great"), ("It was great : {sentence} =", " great", " terrible")]
+    monkeypatch.setattr(templates, "TEMPLATES", {"sst2": words})
+    monkeypatch.setattr(sys, "argv", ["templates", str(folder), "--data", str(glue), "--dtype", "float32"])
+    templates.main()
+    printed = [float(row.split(" | ")[-1].strip("| ")) for row in capsys.readouterr().out.splitlines()[2:]]
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    for (template, *labels), score in zip(words, printed, strict=True):
+        ids = [tokenizer(word)["input_ids"][0] for word in labels]
+        answers = [model(torch.tensor([tokenizer(template.format(sentence=text))["input_ids"]])).logits[0, -1, ids].argmax()
+                   for text in REVIEWS]
+        right = [int(answer) == ("great" in text) for answer, text in zip(answers, REVIEWS)]
+        assert abs(score - sum(right) / len(right)) < 1e-3
+
+
+def test_one_text_is_timed_without_padding(folders, capsys, monkeypatch):
+    """costs.py: every method sees every text alone, as long as it is."""
+    from experiments import costs
+
+    folder, glue = folders
+    for name, number in dict(BATCH_SIZE=2, NUM_BATCHES=2, NUM_TEXTS=3).items():
+        monkeypatch.setattr(costs, name, number)
+    widths, forward = [], train.Adapted.forward
+    monkeypatch.setattr(train.Adapted, "forward", lambda model, tokens, lengths, *rest: widths.append(
+        (*tokens.shape, lengths.max().item())) or forward(model, tokens, lengths, *rest))
+    monkeypatch.setattr(train, "load_model", any_model.load_model)
+    monkeypatch.setattr(costs.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="0"))
+    table = costs.costs(SimpleNamespace(folder=str(folder), data=str(glue), dtype="float32"))
+    assert [row.split(" | ")[0].strip("| ") for row in table.splitlines()[2:]] == ["no prompt", *costs.METHODS]
+    alone = [(width, longest) for rows, width, longest in widths if rows == 1]
+    assert len(alone) == 3 * 6 * 2 and all(width == longest for width, longest in alone)

@@ -534,10 +534,19 @@ def test_changed_labels_are_noticed_in_a_rerun_and_in_resume(refused, place):
     refused(["--resume", "cut"], "glue/SST-2/train.tsv not found")
 
 
+def test_other_label_words_are_noticed_in_a_rerun_and_in_resume(refused, monkeypatch):
+    task = data.TASKS["sst2"]
+    words = dict(zip(task.label_words, reversed(task.label_words.values())))       # the same two, swapped
+    monkeypatch.setitem(data.TASKS, "sst2", dataclasses.replace(task, label_words=words))
+    for folder in ("run", "cut"):
+        for argv in ([*RUN, "--out", folder], ["--resume", folder]):
+            refused(argv, f"{folder} holds another run: data_sha256 is ")
+
+
 def test_the_blind_control_of_a_template_that_ends_in_its_text(refused, monkeypatch):
     task = dataclasses.replace(data.TASKS["sst2"], template="It was {sentence}")
     monkeypatch.setitem(data.TASKS, "sst2", task)
-    refused([*RUN, "--control", "blind", "--out", "new"], "--control blind: task sst2 has nothing after its text")
+    refused([*RUN, "--control", "blind", "--out", "new"], "control blind: the task has nothing after its text")
 
 
 def test_a_folder_in_use(refused, place):

@@ -1,5 +1,6 @@
 """experiments/compare.py through its command line; experiments/figures.py, where matplotlib is installed."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -113,12 +114,18 @@ def test_rates_can_come_from_another_study_and_then_none_is_tried(tiny, tmp_path
     assert [row.split(" | ")[:1] + row.split(" | ")[4:5] for row in compare.table(path).splitlines()[2:5]] == [
         ["| pt", f"{pt:g}"], ["| lopa", f"{lr:g}, {head_lr:g}"], ["| lopa", f"0.5, {head_lr:g}"]]
     assert compare.table(path).splitlines()[3] == table.splitlines()[3]
+    del fitted[:]
+    compare.main([*QUICK, *flags[2:], "--methods", "lopa-blind", "--out", str(tmp_path / "blind")])    # has LoPA's
+    assert {(config.lr, config.head_lr) for config, _ in fitted} == {rates["lopa"]} and len(fitted) == 2
     capsys.readouterr()
     one = [*QUICK, "--methods", "pt,lora", "--out", str(tmp_path / "other"), "--rates-from"]
     assert f"--rates-from: {chosen} has no finished run of lora, but of pt, lopa" in refused(capsys, *one, chosen)
     assert "nowhere" in refused(capsys, *one, "nowhere")
-    for damaged in ("{", "[]", '{"study": 1}\n{}', "", '"study"', "5", '{"study": 1}\n["stage"]'):
+    about, before, *runs = Path(chosen).read_text().splitlines()
+    for damaged in ("{", "[]", '{"study": 1}\n{}', "", '"study"', "5", '{"study": 1}\n["stage"]', about, "[" * 10_000,
+                    f"{about}\n{before}\n{runs[0].replace('row', 'raw')}", f"{about}\n{runs[0]}\n{before}"):
         (tmp_path / "damaged").write_text(damaged)
+        assert "damaged is damaged" in refused(capsys, "--table", tmp_path / "damaged")
         assert "damaged is damaged, or no runs.jsonl" in refused(capsys, *one, str(tmp_path / "damaged"))
     assert not (tmp_path / "other").exists()
 
@@ -145,6 +152,28 @@ def test_another_configuration_is_refused_by_name_and_nothing_is_overwritten(tin
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     (tmp_path / "runs.jsonl").write_text("{")
     assert "runs.jsonl is damaged" in refused(capsys, *flags)
+
+
+def test_two_at_once_in_a_folder_are_refused_and_so_are_texts_without_an_ending(tiny, tmp_path, capsys, monkeypatch):
+    flags = [*QUICK, "--methods", "pt,lopa-blind", "--seeds", "0", "--out", tmp_path / "new"]
+    with train.locked(tmp_path / "new"):
+        assert "new is in use by another run" in refused(capsys, *flags)
+    assert not list((tmp_path / "new").iterdir())
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(train, "baselines", None)                      # it is not even begun
+    assert "nothing can be saved in" in refused(capsys, *flags[:-1], tmp_path / "file" / "new")
+    monkeypatch.setattr(train, "prepare", lambda config, prepare=train.prepare: dataclasses.replace(
+        prepare(config), ending=torch.zeros(0, dtype=torch.long)))
+    assert "control blind: the task has nothing after its text" in refused(capsys, *flags)
+
+
+def test_a_change_that_changes_nothing_has_its_row_and_is_not_trained_again(tiny, tmp_path, fitted):
+    flags = [*QUICK, "--seeds", "0", "--rank", "1", "--out", str(tmp_path), "--ablate", "as it is", "rank 1"]
+    for already in range(2):                                           # a rerun adds nothing
+        compare.main(flags)
+        assert [run["row"] for run in runs_in(tmp_path)] == ["as it is"] * 4 + ["rank 1"] and len(fitted) == 4
+    assert [row.split("|")[1].strip() for row in (tmp_path / "table.md").read_text().splitlines()[2:]] == [
+        "as it is", "rank 1"]
 
 
 def test_a_learning_rate_that_diverges_scores_0_is_said_and_is_not_tried_again(tiny, tmp_path, capsys,
@@ -219,6 +248,7 @@ def test_h_elsewhere_and_longer_prompts_are_prepared_for(tiny, tmp_path, monkeyp
     ("--task sst2 --methods pt,lopa,pt", "argument --methods: pt is named twice"),
     ("--task sst2 --seeds a", "argument --seeds: a is not a list of whole numbers"),
     ("--task sst2 --seeds 0,", "argument --seeds: 0, is not a list of whole numbers"),
+    ("--task sst2 --seeds 0,-1", "--seed: -1 is not between 0 and 2147483648"),
     ("--task sst2 --seeds 0,0", "argument --seeds: 0 is named twice"),
     ("--task sst2 --lr 0.1", "argument --lr: has no effect here"),
     ("--task sst2 --seed 0", "argument --seed: has no effect here"),
