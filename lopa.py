@@ -326,16 +326,16 @@ class LoRALinear(nn.Module):
     GPT-2's c_attn computes query, key and value at once: its W_0 (3 d, d) is num_parts = 3 matrices (d, d),
     one below the other. Each part has an A (r, in) and a B (out / num_parts, r) of its own, B = 0 at the
     start; for c_attn 2 d r trainable numbers a part. alpha = 2 r, so alpha / r = 2.
-    Shapes: x (..., in) -> (..., out). Raises ValueError if it is several parts and they are not square.
+    Shapes: x (..., in) -> (..., out). Raises ValueError if the parts are not equal.
     """
 
     def __init__(self, linear: nn.Linear, rank: int, num_parts: int = 1):
         super().__init__()
         require_positive(rank=rank)
         p, d_in = num_parts, linear.in_features
-        if p > 1 and linear.out_features != p * d_in:
-            raise ValueError(f"a layer of {linear.out_features} outputs and {d_in} inputs is not {p} square "
-                             "matrices, one below the other: name another number of them")
+        if linear.out_features % p:
+            raise ValueError(f"a layer of {linear.out_features} outputs is not {p} equal matrices: name another "
+                             "number in target_modules")
         self.linear = linear.requires_grad_(False)
         self.A = nn.Parameter(torch.empty(p, rank, d_in).uniform_(-1, 1) / math.sqrt(d_in))  # (p, r, in)
         self.B = nn.Parameter(torch.zeros(p, linear.out_features // p, rank))                # (p, out/p, r)

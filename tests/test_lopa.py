@@ -347,6 +347,8 @@ def test_lora_wraps_the_layers_that_are_named_and_refuses_a_model_without_any():
         add_lora(torch.nn.Sequential(torch.nn.Linear(3, 3)), 2)
     with pytest.raises(ValueError, match="the model has no layer named c_atn:"):
         add_lora(small_gpt(), 2, {"c_atn": 3})
+    with pytest.raises(ValueError, match="a layer of 6 outputs is not 4 equal matrices: name another number"):
+        add_lora(llama_like(), 2, {"o_proj": 4})
 
 
 # --- gradients -------------------------------------------------------------------------------------------------
