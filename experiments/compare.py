@@ -96,8 +96,7 @@ def study(args: argparse.Namespace, kind: str) -> str:
         raise ValueError(f"{num_rows} training rows are too few to hold out a fifth of them: 5 at least")
     for config in configs.values():
         problem.controlled(config.control)                             # ValueError, if it cannot be
-    about = dict(study=kind, **base.deciding()) | dict(
-        data=problem.source, fingerprint=problem.fingerprint, data_sha256=problem.data_sha256)
+    about = dict(study=kind) | train.all_that_decides(base, problem)
     lines: list[dict] = []
 
     def finished(row: str, stage: str, problem: train.Problem, config: train.Config, seed: int) -> dict:

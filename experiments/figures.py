@@ -124,12 +124,14 @@ def singular_values(folder: Path) -> Figure:
 
 
 def accuracy_against_rows(_: Path) -> Figure:
-    """On SmolLM2-135M and real SST-2, from the committed runs of compare."""
-    scores, steps = {}, {}                                             # of (method, rows to train on); of rows
+    """On SmolLM2-135M and real SST-2, from the committed runs of compare: at the rate that was chosen first."""
+    scores, steps, rate = {}, {}, {}                       # of (method, rows to train on); of rows; as scores
     for name in ("smollm2-sst2-250", "smollm2-sst2", "smollm2-sst2-4000"):
         for run in lines_of(ROOT / "experiments" / "results" / name / "runs.jsonl")[1:]:
             if run["stage"] == "seed" and not run["control"] and run["method"] in ROW_STYLES:
                 rows = run["max_train"]
+                if rate.setdefault((run["method"], rows), run["lr"]) != run["lr"]:
+                    continue
                 scores.setdefault((run["method"], rows), []).append(run["accuracy"])
                 steps[rows] = run["epochs"] * math.ceil(rows / run["batch_size"])
     figure, axes = plt.subplots(figsize=(6, 3.6))
