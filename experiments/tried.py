@@ -33,13 +33,14 @@ class LastToken(InstanceEncoder):
 
 @torch.no_grad()
 def from_words(config: train.Config, problem: train.Problem) -> train.Adapted:
-    """train.build, with the question's embeddings, over and over, where prompt tuning would draw noise."""
+    """train.build, but the prompt starts as the question's embeddings, over and over, instead of as noise."""
     model = build(config, problem)
     if not hasattr(model.prompt, "soft_prompt"):
         raise ValueError(f"{config.method} has no soft prompt that could start from words: try pt or lopa")
     tokens = problem.tokenizer.encode_ordinary(QUESTION)
     rows = torch.tensor([tokens[i % len(tokens)] for i in range(config.num_virtual_tokens)])     # (m,)
-    model.prompt.soft_prompt.copy_(model.gpt.embed(rows.to(config.device)))
+    gate = 0.5 if config.method == "lopa" else 1.0                     # as it starts
+    model.prompt.soft_prompt.copy_(model.gpt.embed(rows.to(config.device)).float() / gate)
     return model
 
 

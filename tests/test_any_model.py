@@ -236,7 +236,7 @@ def test_h_of_the_last_token_is_that_of_each_text_alone(pair, num_blocks):
     assert torch.allclose(h, encoder(tokens, lengths), atol=1e-6)      # as it was fitted
 
 
-@pytest.mark.parametrize("what, method", [("words", "pt"), ("last-token", "lopa")])
+@pytest.mark.parametrize("what, method", [("words", "pt"), ("words", "lopa"), ("last-token", "lopa")])
 def test_what_was_tried_is_a_study_of_its_own(folders, tmp_path, monkeypatch, capsys, what, method):
     monkeypatch.chdir(tmp_path)
     for name in ("load_model", "build", "InstanceEncoder"):
@@ -245,7 +245,8 @@ def test_what_was_tried_is_a_study_of_its_own(folders, tmp_path, monkeypatch, ca
     monkeypatch.setattr(train, "fit", lambda config, model, problem: starts.append(model) or encoders.append(
         problem.encoder) or [dict(epoch=1, loss=1.0, accuracy=0.5, seconds=1.0)])
     folder, glue = folders
-    tried.main([what, *map(str, [folder, "--task", "sst2", "--data", glue, "--seeds", "0,1", "--num-virtual-tokens", 5])])
+    tried.main([what, *map(str, [folder, "--task", "sst2", "--data", glue, "--seeds", "0,1", "--num-virtual-tokens", 5,
+                                 "--methods", method])])
     about, _, *lines = compare.read_lines(next(tmp_path.glob(f"runs/sst2-{what}-*/runs.jsonl")))
     assert about["study"] == what
     assert [line["row"] for line in lines if line["stage"] == "seed"] == [method] * 2
@@ -253,7 +254,9 @@ def test_what_was_tried_is_a_study_of_its_own(folders, tmp_path, monkeypatch, ca
     if what == "words":
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         words = models[0].gpt.embed(torch.tensor(tokenizer(tried.QUESTION)["input_ids"][:5]))
-        assert all(torch.equal(model.prompt.soft_prompt, words) for model in models)
+        for model in models:                                           # what the model reads before the text
+            read, _ = model.read(torch.zeros(3, 1, dtype=torch.long), torch.ones(3), torch.randn(3, len(words[0])))
+            assert torch.allclose(read[:, :5], words.expand(3, -1, -1), atol=1e-6)
     else:
         assert {type(encoder) for encoder in encoders} == {tried.LastToken}
 
