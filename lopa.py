@@ -75,6 +75,11 @@ class PromptTuning(SoftPrompt):
         require_positive(embed_dim=embed_dim, num_virtual_tokens=num_virtual_tokens)
         self.soft_prompt = nn.Parameter(init_std * torch.randn(num_virtual_tokens, embed_dim))  # Z_S: (m, d)
 
+    @torch.no_grad()
+    def start_from(self, embeds: Tensor) -> None:
+        """Let Z_S start as these vectors (m, d) instead of noise: the embeddings of words, say."""
+        self.soft_prompt.copy_(embeds)
+
     def prompt(self, instance: Tensor) -> Tensor:
         return self.soft_prompt.expand(len(instance), -1, -1)    # Eq. (2): (m, d) -> (B, m, d), no copy
 
@@ -146,6 +151,11 @@ class LoPA(SoftPrompt):
         self.v_head = Head(instance_dim, hidden_dim, embed_dim * rank, dropout, head_std)
         if head_std is None:
             nn.init.zeros_(self.u_head.up_proj.weight)
+
+    @torch.no_grad()
+    def start_from(self, embeds: Tensor) -> None:
+        """Let Z start as these vectors (m, d): Z_S as twice them, behind gates of 1/2."""
+        self.soft_prompt.copy_(2 * embeds if self.fusion == "gate" else embeds)
 
     def factors(self, instance: Tensor) -> tuple[Tensor, Tensor]:
         """h (B, d_h) -> U (B, m, r), V (B, d, r)."""
@@ -251,6 +261,11 @@ class IDPG(SoftPrompt):
         if head_std is None:
             nn.init.zeros_(self.head.up_proj.weight)
             nn.init.normal_(self.head.up_proj.bias, std=init_std)
+
+    @torch.no_grad()
+    def start_from(self, embeds: Tensor) -> None:
+        """Let Z start as these vectors (m, d) for every input."""
+        self.head.up_proj.bias.copy_(embeds.flatten())
 
     def prompt(self, instance: Tensor) -> Tensor:
         return self.head(instance).unflatten(-1, (-1, self.embed_dim))   # Eq. (6): (B, m d) -> (B, m, d)

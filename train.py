@@ -115,6 +115,7 @@ class Config:
     head_lr: float | None = None         # of the heads on h (default: HEAD_LEARNING_RATES)
     encoder_lr: float | None = None      # of a tuned encoder (default: that of --method full)
     init_std: float | None = None        # of the prompt at the start (default: as the model's embeddings)
+    init_text: str | None = None         # the prompt starts as the embeddings of these words (default: noise)
     head_std: float | None = None        # of the heads at the start, 0.02 as released (default: U = 0)
     num_virtual_tokens: int = 10         # m, length of the prompt
     rank: int = 4                        # r, of U and V
@@ -168,7 +169,7 @@ class Config:
         name = f"{self.task}-{self.method}-{Path(self.model).resolve().name}-seed{self.seed}"
         for option, value in self.deciding().items():
             if value != usual[option]:
-                last_part = Path(str(value)).resolve().name            # for values that are paths
+                last_part = re.sub(r"[^\w.-]+", "_", Path(str(value)).resolve().name)   # of paths, and texts
                 name += "-" + option.replace("_", "-") + ("" if value is True else f"-{last_part}")
         return Path(self.out or f"runs/{name}")
 
@@ -666,9 +667,18 @@ def prepare(config: Config) -> Problem:
 
 
 def build(config: Config, problem: Problem) -> Adapted:
-    """The frozen model with one method on it, its initial values drawn from the seed."""
+    """The frozen model with one method on it, its initial values drawn from the seed, or words'.
+
+    Raises ValueError for an init_text without a token.
+    """
     torch.manual_seed(config.seed)
-    return Adapted(config, problem.gpt, problem.encoder, problem.label_ids)
+    model = Adapted(config, problem.gpt, problem.encoder, problem.label_ids)
+    if config.init_text is not None:
+        if not (tokens := problem.tokenizer.encode_ordinary(config.init_text)):
+            raise ValueError("--init-text: there is no word in it: leave it out")
+        over_and_over = [tokens[i % len(tokens)] for i in range(config.num_virtual_tokens)]      # m tokens
+        model.prompt.start_from(problem.gpt.embed(torch.tensor(over_and_over, device=config.device)))
+    return model
 
 
 def load_frozen(config: Config) -> tuple[GPT, InstanceEncoder, tiktoken.Encoding, float]:
@@ -743,7 +753,7 @@ def text_room(config: Config, gpt: GPT, encoder: InstanceEncoder, max_answer: in
 # ------------------------------------------------------------------------------------------------------------
 # 6. Files. A run in progress is its checkpoint; a finished one adapter.pt, metrics.jsonl and result.json.
 
-FORMAT = 3                               # of adapters and checkpoints
+FORMAT = 4                               # of adapters and checkpoints
 CHECKPOINTS = ("checkpoint.pt", "checkpoint-before.pt")
 NEW_CHECKPOINT = "checkpoint-new.pt"     # for a moment, while the others change places
 ADAPTER_KEYS = dict(format=int, config=dict, depends_on=dict, task=dict, instance_mean=Tensor,
@@ -1164,10 +1174,13 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, Config | Non
     used = set(inspect.signature(method).parameters if method else ["rank"] * (config.method == "lora"))
     idle = {"num_virtual_tokens", "rank", "hidden_dim", "fusion", "dropout", "init_std", "head_std"} - used
     idle |= {"head_lr"} if "head_std" not in used else set()
+    idle |= {"init_text"} if not hasattr(method, "start_from") else set()
     if "instance_dim" not in used:                                     # the method does not look at h
         idle |= {"encoder", "encoder_blocks", "encoder_lr", "tune_encoder"}
         idle |= {"control"} if config.control != "blind" else set()
     require_effect(config, usual, idle, f"--method {config.method}")
+    if config.init_text is not None:
+        require_effect(config, usual, {"init_std"}, "--init-text")
     if config.tune_encoder:
         require_effect(config, usual, {"control"}, "--tune-encoder, which computes h itself")
     else:

@@ -103,7 +103,7 @@ def study(args: argparse.Namespace, kind: str) -> str:
         """The line of a run, which is made if it is not there."""
         config = replace(config, seed=seed, quiet=True)
         wanted = dict(stage=stage, **config.deciding()) | dict(data=problem.source)
-        if same := [line for line in lines[1:] if wanted.items() <= line.items()]:
+        if same := [line for line in lines[1:] if all(line.get(name) == wanted[name] for name in wanted)]:
             if stage == "seed" and row not in [line["row"] for line in same]:
                 add(same[0] | dict(row=row))                           # one run, two rows of the table
             return same[0]

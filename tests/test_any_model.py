@@ -16,7 +16,7 @@ import safetensors.torch
 
 import data
 import train
-from experiments import any_model, compare, tried
+from experiments import any_model, compare, last_token
 from lopa import add_lora, get_nb_trainable_parameters, merge_lora
 from model import InstanceEncoder
 
@@ -223,7 +223,7 @@ def test_h_of_the_last_token_is_that_of_each_text_alone(pair, num_blocks):
     if num_blocks and ours.config.n_embd == 16:
         pytest.skip("this OPT is wider between its blocks: no h but of the embeddings")
     tokens, lengths = torch.randint(50, (3, 9)), torch.tensor([9, 1, 6])
-    encoder = tried.LastToken(ours, num_blocks)
+    encoder = last_token.LastToken(ours, num_blocks)
     h = encoder.fit(encoder(tokens, lengths))
     expected = []
     for row, length in zip(tokens, lengths):
@@ -236,29 +236,35 @@ def test_h_of_the_last_token_is_that_of_each_text_alone(pair, num_blocks):
     assert torch.allclose(h, encoder(tokens, lengths), atol=1e-6)      # as it was fitted
 
 
-@pytest.mark.parametrize("what, method", [("words", "pt"), ("words", "lopa"), ("last-token", "lopa")])
-def test_what_was_tried_is_a_study_of_its_own(folders, tmp_path, monkeypatch, capsys, what, method):
+@pytest.fixture
+def untouched(monkeypatch):
+    """What the programs put in train's place is taken out again."""
+    for name in ("load_model", "InstanceEncoder", "COMMAND"):
+        monkeypatch.setattr(train, name, getattr(train, name))
+
+
+def test_last_token_is_a_study_of_its_own(folders, tmp_path, monkeypatch, untouched):
     monkeypatch.chdir(tmp_path)
-    for name in ("load_model", "build", "InstanceEncoder"):
-        monkeypatch.setattr(train, name, getattr(train, name))         # main puts others there; undone at the end
-    starts, encoders = [], []
-    monkeypatch.setattr(train, "fit", lambda config, model, problem: starts.append(model) or encoders.append(
-        problem.encoder) or [dict(epoch=1, loss=1.0, accuracy=0.5, seconds=1.0)])
-    folder, glue = folders
-    tried.main([what, *map(str, [folder, "--task", "sst2", "--data", glue, "--seeds", "0,1", "--num-virtual-tokens", 5,
-                                 "--methods", method])])
-    about, _, *lines = compare.read_lines(next(tmp_path.glob(f"runs/sst2-{what}-*/runs.jsonl")))
-    assert about["study"] == what
-    assert [line["row"] for line in lines if line["stage"] == "seed"] == [method] * 2
-    models = [model for model in starts if isinstance(model, train.Adapted)]
-    if what == "words":
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        words = models[0].gpt.embed(torch.tensor(tokenizer(tried.QUESTION)["input_ids"][:5]))
-        for model in models:                                           # what the model reads before the text
-            read, _ = model.read(torch.zeros(3, 1, dtype=torch.long), torch.ones(3), torch.randn(3, len(words[0])))
-            assert torch.allclose(read[:, :5], words.expand(3, -1, -1), atol=1e-6)
-    else:
-        assert {type(encoder) for encoder in encoders} == {tried.LastToken}
+    encoders = []
+    monkeypatch.setattr(train, "fit", lambda config, model, problem: encoders.append(problem.encoder) or [
+        dict(epoch=1, loss=1.0, accuracy=0.5, seconds=1.0)])
+    folder, glue = map(str, folders)
+    last_token.main([folder, "--task", "sst2", "--data", glue, "--seeds", "0,1", "--methods", "lopa"])
+    about, _, *lines = compare.read_lines(next(tmp_path.glob("runs/sst2-last-token-*/runs.jsonl")))
+    assert about["study"] == "last-token" and len(lines) == 3 + 2
+    assert {type(encoder) for encoder in encoders} == {last_token.LastToken}
+
+
+@pytest.mark.parametrize("method", ["pt", "lopa", "idpg", "dept", "adept"])
+def test_a_prompt_starts_from_the_words_that_are_given(folders, untouched, method):
+    folder, glue = map(str, folders)
+    train.load_model = any_model.load_model
+    config = train.Config("sst2", method, folder, data=glue, init_text="a great film", num_virtual_tokens=5, quiet=True)
+    model = train.build(config, train.prepare(config))
+    ids = transformers.AutoTokenizer.from_pretrained(folder)("a great film")["input_ids"]
+    words = model.gpt.embed(torch.tensor((ids * 5)[:5]))               # over and over
+    read, _ = model.read(torch.zeros(3, 1, dtype=torch.long), torch.ones(3), torch.randn(3, words.shape[1]))
+    assert torch.allclose(read[:, :5], words.expand(3, -1, -1), atol=1e-6)
 
 
 @pytest.mark.parametrize("command, message", [
@@ -266,11 +272,9 @@ def test_what_was_tried_is_a_study_of_its_own(folders, tmp_path, monkeypatch, ca
     ("any_model empty --task sst2 --data GLUE", "empty: Transformers cannot read a model and its tokenizer there: "),
     ("any_model cut --task sst2 --data GLUE", "cut: Transformers cannot read a model and its tokenizer there: "),
     ("any_model without --task sst2 --data GLUE", "without lacks 2 of the model's tensors, model.layers.1."),
-    ("tried", "name what to try, words or last-token, then the model's folder"),
-    ("tried rank MODEL --task sst2", "name what to try, words or last-token"),
-    ("tried words nowhere --task sst2", "there is no model nowhere"),
-    ("tried words MODEL --task sst2 --data GLUE --methods lora", "lora has no soft prompt that could start from words"),
-    ("tried words MODEL --task sst2 --data GLUE --seeds -1", "--seed: -1 is not between"),
+    ("last_token", "argument --model: expected one argument"),
+    ("last_token nowhere --task sst2", "there is no model nowhere"),
+    ("last_token MODEL --task sst2 --data GLUE --seeds -1", "--seed: -1 is not between"),
     ("templates nowhere --data GLUE", "there is no model nowhere"),
     ("templates MODEL --data nowhere", "nowhere/SST-2/train.tsv not found"),
     ("templates MODEL --data GLUE --rows 0", "--max-train: 0 is not between"),
@@ -278,10 +282,8 @@ def test_what_was_tried_is_a_study_of_its_own(folders, tmp_path, monkeypatch, ca
     ("costs nowhere --data GLUE", "there is no model nowhere"),
     ("costs MODEL --data nowhere", "nowhere/SST-2/train.tsv not found"),
 ])
-def test_bad_input_gets_one_line(folders, tmp_path, monkeypatch, capsys, command, message):
+def test_bad_input_gets_one_line(folders, tmp_path, monkeypatch, capsys, untouched, command, message):
     monkeypatch.chdir(tmp_path)
-    for name in ("load_model", "build", "InstanceEncoder", "COMMAND"):
-        monkeypatch.setattr(train, name, getattr(train, name))
     folder, glue = folders
     (tmp_path / "empty").mkdir()
     for name in ("cut", "without"):
@@ -296,7 +298,7 @@ def test_bad_input_gets_one_line(folders, tmp_path, monkeypatch, capsys, command
     module = importlib.import_module(f"experiments.{program}")
     monkeypatch.setattr(sys, "argv", [program, *flags])
     with pytest.raises(SystemExit) as stop:
-        module.main(*[flags] if program in ("any_model", "tried") else [])
+        module.main(*[flags] if program in ("any_model", "last_token") else [])
     line, = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and f"error: {message}" in line
 

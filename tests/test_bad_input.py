@@ -176,6 +176,9 @@ def test_numbers(refused_at_once, flag, value, words):
     ("--task sst2 --method idpg --fusion add", "--fusion has no effect with --method idpg"),
     ("--task sst2 --method dpt --init-std 2", "--init-std has no effect with --method dpt"),
     ("--task sst2 --method lora --num-virtual-tokens 5", "--num-virtual-tokens has no effect with --method lora"),
+    ("--task sst2 --method dpt --init-text good", "--init-text has no effect with --method dpt: leave it out"),
+    ("--task sst2 --method pt --init-text good --init-std 1", "--init-std has no effect with --init-text: leave it out"),
+    ("--task sst2 --method pt --init-text=", "--init-text: there is no word in it: leave it out"),
     ("--task sst2 --method lora --hidden-dim 5", "--hidden-dim has no effect with --method lora"),
     ("--task sst2 --method full --rank 5", "--rank has no effect with --method full"),
     ("--task sst2 --method full --init-std 5", "--init-std has no effect with --method full"),
@@ -372,7 +375,7 @@ def of_nan(tensor):
 
 OTHER = {int: "5", dict: [], torch.Tensor: [1.0], list: {}, float: 5}  # what is of another type
 CONTENT = [  # (done to the content of an adapter or a checkpoint, words)
-    (put(format=2), "format 2 instead of 3"), (put(format=4), "format 4 instead of 3"),
+    (put(format=3), "format 3 instead of 4"), (put(format=5), "format 5 instead of 4"),
     (put(format=torch.tensor([3, 3])), "other content"), (put(extra=1), "other content"),
     *((lambda state, key=key: state.pop(key), "other content") for key in train.ADAPTER_KEYS),
     *((put(**{key: OTHER[kind]}), "other content") for key, kind in train.ADAPTER_KEYS.items()),
@@ -791,7 +794,7 @@ def test_repeating_a_finished_command_and_killing_it_leaves_the_old_result(place
 
 FLAGS = dict(max_train=14, seed=1, epochs=2, batch_size=4, lr=0.02, init_std=0.5, num_virtual_tokens=4,
              rank=3, hidden_dim=5, fusion="add", dropout=0.3, tune_encoder=True, dtype="bfloat16", holdout=4, control="blind",
-             encoder_blocks=1, head_lr=0.002, encoder_lr=0.02, head_std=0.02)
+             encoder_blocks=1, head_lr=0.002, encoder_lr=0.02, head_std=0.02, init_text="a film")
 
 
 @pytest.mark.parametrize("method", train.LEARNING_RATES)

@@ -112,6 +112,25 @@ def test_the_learned_prompt_starts_with_the_deviation_asked_for(method):
     assert module.soft_prompt.std().item() == pytest.approx(0.3, rel=0.05)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_prompt_that_starts_from_words_is_their_embeddings_for_every_input(method):
+    if method in ("dpt", "bpt"):                       # a product of rank r, which cannot be all of them
+        assert not hasattr(METHODS[method], "start_from")
+        return
+    module, words = METHODS[method](**SIZES, max_length=T, dropout=0.0).eval(), torch.randn(M, D)
+    module.start_from(words)
+    start = module.soft_prompt if method == "residual" else module.prompt(torch.randn(B, D_H))   # its MLP is random
+    assert torch.allclose(start, words.expand_as(start), atol=1e-6)
+    assert all(p.requires_grad and p.is_leaf for p in module.parameters())
+
+
+@pytest.mark.parametrize("fusion", ["gate", "add", "concat"])
+def test_lopa_starts_from_words_with_each_fusion(fusion):
+    module, words = LoPA(**SIZES, fusion=fusion, dropout=0.0), torch.randn(M, D)
+    module.start_from(words)
+    assert torch.allclose(module.prompt(torch.randn(B, D_H))[:, :M], words.expand(B, M, D), atol=1e-6)
+
+
 @pytest.mark.parametrize("sizes", [dict(rank=0), dict(num_virtual_tokens=-1), dict(hidden_dim=0), dict(embed_dim=0)])
 def test_sizes_below_one_are_refused_by_name(sizes):
     name, = sizes
