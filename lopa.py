@@ -75,13 +75,13 @@ class PromptTuning(SoftPrompt):
         require_positive(embed_dim=embed_dim, num_virtual_tokens=num_virtual_tokens)
         self.soft_prompt = nn.Parameter(init_std * torch.randn(num_virtual_tokens, embed_dim))  # Z_S: (m, d)
 
+    def prompt(self, instance: Tensor) -> Tensor:
+        return self.soft_prompt.expand(len(instance), -1, -1)    # Eq. (2): (m, d) -> (B, m, d), no copy
+
     @torch.no_grad()
     def start_from(self, embeds: Tensor) -> None:
         """Let Z_S start as these vectors (m, d) instead of noise: the embeddings of words, say."""
         self.soft_prompt.copy_(embeds)
-
-    def prompt(self, instance: Tensor) -> Tensor:
-        return self.soft_prompt.expand(len(instance), -1, -1)    # Eq. (2): (m, d) -> (B, m, d), no copy
 
     @staticmethod
     def count(embed_dim: int, num_virtual_tokens: int, **unused) -> int:
@@ -129,8 +129,8 @@ class LoPA(SoftPrompt):
     against IDPG's d (H + 1).
 
     The start: U = 0, as one of LoRA's factors, so that Z_I = 0 and every gate is 1/2. A random U and V give
-    every input a random gate, noise that training has to undo (measured on a real language model:
-    experiments/README.md). With head_std=0.02 both heads start as released, and the gate near 1/2.
+    every input a random gate, noise that training has to undo. With head_std=0.02 both heads start as
+    released, and the gate near 1/2.
 
     fusion: how Z_S and Z_I = U V^T meet. "gate" is LoPA; the others are the released code's ablations,
     without the sigmoid: "add" Z_S + Z_I, "max" elementwise, "concat" [Z_S ; Z_I], which is 2 m tokens long.
@@ -152,11 +152,6 @@ class LoPA(SoftPrompt):
         if head_std is None:
             nn.init.zeros_(self.u_head.up_proj.weight)
 
-    @torch.no_grad()
-    def start_from(self, embeds: Tensor) -> None:
-        """Let Z start as these vectors (m, d): Z_S as twice them, behind gates of 1/2."""
-        self.soft_prompt.copy_(2 * embeds if self.fusion == "gate" else embeds)
-
     def factors(self, instance: Tensor) -> tuple[Tensor, Tensor]:
         """h (B, d_h) -> U (B, m, r), V (B, d, r)."""
         U = self.u_head(instance).unflatten(-1, (-1, self.rank))     # Eq. (7): (B, m r) -> (B, m, r)
@@ -172,6 +167,11 @@ class LoPA(SoftPrompt):
         if self.fusion == "concat":
             return torch.cat([Z_S, Z_I], dim=1)              # (B, 2 m, d)
         return Z_S + Z_I if self.fusion == "add" else torch.maximum(Z_S, Z_I)    # (B, m, d)
+
+    @torch.no_grad()
+    def start_from(self, embeds: Tensor) -> None:
+        """Let Z start as these vectors (m, d): Z_S as twice them, behind gates of 1/2."""
+        self.soft_prompt.copy_(2 * embeds if self.fusion == "gate" else embeds)
 
     @staticmethod
     def count(embed_dim: int, instance_dim: int, num_virtual_tokens: int, rank: int, hidden_dim: int,
@@ -262,13 +262,13 @@ class IDPG(SoftPrompt):
             nn.init.zeros_(self.head.up_proj.weight)
             nn.init.normal_(self.head.up_proj.bias, std=init_std)
 
+    def prompt(self, instance: Tensor) -> Tensor:
+        return self.head(instance).unflatten(-1, (-1, self.embed_dim))   # Eq. (6): (B, m d) -> (B, m, d)
+
     @torch.no_grad()
     def start_from(self, embeds: Tensor) -> None:
         """Let Z start as these vectors (m, d) for every input."""
         self.head.up_proj.bias.copy_(embeds.flatten())
-
-    def prompt(self, instance: Tensor) -> Tensor:
-        return self.head(instance).unflatten(-1, (-1, self.embed_dim))   # Eq. (6): (B, m d) -> (B, m, d)
 
     @staticmethod
     def count(embed_dim: int, instance_dim: int, num_virtual_tokens: int, hidden_dim: int, **unused) -> int:

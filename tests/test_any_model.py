@@ -161,9 +161,15 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture
-def command(folders, tmp_path, monkeypatch):
+def untouched(monkeypatch):
+    """What the programs put in train's place is taken out again."""
+    for name in ("load_model", "InstanceEncoder", "COMMAND"):
+        monkeypatch.setattr(train, name, getattr(train, name))
+
+
+@pytest.fixture
+def command(folders, tmp_path, monkeypatch, untouched):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "load_model", train.load_model)         # main puts its own there; undone at the end
     folder, glue = folders
     task = [folder, "--task", "sst2", "--data", glue, "--epochs", 2, "--batch-size", 4]
 
@@ -234,13 +240,6 @@ def test_h_of_the_last_token_is_that_of_each_text_alone(pair, num_blocks):
     expected = torch.stack(expected)
     assert torch.allclose(h, (expected - expected.mean(dim=0)) / expected.std(dim=0), atol=1e-3)
     assert torch.allclose(h, encoder(tokens, lengths), atol=1e-6)      # as it was fitted
-
-
-@pytest.fixture
-def untouched(monkeypatch):
-    """What the programs put in train's place is taken out again."""
-    for name in ("load_model", "InstanceEncoder", "COMMAND"):
-        monkeypatch.setattr(train, name, getattr(train, name))
 
 
 def test_last_token_is_a_study_of_its_own(folders, tmp_path, monkeypatch, untouched):
