@@ -17,7 +17,8 @@ TEMPLATES = {"sst2": [("{sentence} . It was", " terrible", " great"),
                       ("{sentence} . All in all , the film is", " bad", " good"),
                       ("Review: {sentence}\nSentiment:", " negative", " positive"),
                       # What --init-text of experiments/README.md says, without training.
-                      (" Is this review of a film positive or negative ?{sentence} . It was", " terrible", " great")],
+                      (" Is this review of a film positive or negative ?{sentence} . It was",
+                       " terrible", " great")],
              "rte": [("{a} ? {b} . Answer:", " No", " Yes"),
                      ("{a}\nQuestion: {b} True or False?\nAnswer:", " False", " True"),
                      ("Premise: {a}\nHypothesis: {b}\nIs it entailed?", " No", " Yes")]}
