@@ -146,6 +146,8 @@ class Config:
             if name not in ("tiny", *data.GPT2_MODELS) and not Path(name).is_dir():
                 raise ValueError(f"there is no model {short(name)}: name tiny, {', '.join(data.GPT2_MODELS)} "
                                  "or a folder")
+        if self.init_text is not None and not hasattr(METHODS.get(self.method), "start_from"):
+            raise ValueError(f"--init-text has no effect with --method {self.method}: leave it out")
         self.lr = LEARNING_RATES[self.method][not tiny] if self.lr is None else self.lr
         self.head_lr = HEAD_LEARNING_RATES[not tiny] if self.head_lr is None else self.head_lr
         self.encoder_lr = LEARNING_RATES["full"][not tiny] if self.encoder_lr is None else self.encoder_lr
@@ -1174,7 +1176,6 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, Config | Non
     used = set(inspect.signature(method).parameters if method else ["rank"] * (config.method == "lora"))
     idle = {"num_virtual_tokens", "rank", "hidden_dim", "fusion", "dropout", "init_std", "head_std"} - used
     idle |= {"head_lr"} if "head_std" not in used else set()
-    idle |= {"init_text"} if not hasattr(method, "start_from") else set()
     if "instance_dim" not in used:                                     # the method does not look at h
         idle |= {"encoder", "encoder_blocks", "encoder_lr", "tune_encoder"}
         idle |= {"control"} if config.control != "blind" else set()

@@ -130,7 +130,7 @@ def study(args: argparse.Namespace, kind: str) -> str:
             add(dict(stage="before", scored_on=problem.test_name, d_h=len(problem.encoder.mean),
                      labels=len(problem.label_ids)) | train.baselines(base, problem))
         for name, config in configs.items():
-            tried = replace(config, control=None)                          # a control has LoPA's rates
+            tried = replace(config, control=None)                      # a control has LoPA's rates
             row = config.method if config.control else name
             whole, best = problems[config.encoder_blocks], rates.get(name)
             if best is None:

@@ -264,6 +264,7 @@ def test_h_elsewhere_and_longer_prompts_are_prepared_for(tiny, tmp_path, monkeyp
     ("--task sst2 --compare", "argument --compare: has no effect here"),
     ("--task sst2 --ablate --methods pt", "argument --methods: --ablate changes lopa alone"),
     ("--task sst2 --ablate --fusion concat", "argument --fusion: --ablate tries concat too"),
+    ("--task sst2 --methods pt,dpt --init-text good", "--init-text has no effect with --method dpt: leave it out"),
     ("--task sst2 --ablate rank", "argument --ablate: invalid choice: 'rank'"),
     ("--task sst2 --epochs 0", "--epochs: 0 is not between 1 and 1000000"),
     ("--task sst2 --dropout 2", "--dropout: 2.0 is not between 0 and 0.99"),

@@ -248,6 +248,17 @@ def test_z_s_the_heads_and_a_tuned_encoder_have_rates_of_their_own(tiny, flags, 
         assert distance == pytest.approx(rate, rel=0.02), name
 
 
+@pytest.mark.parametrize("method", ["pt", "lopa", "idpg"])
+def test_a_prompt_starts_as_the_embeddings_of_words_over_and_over(tiny, method):
+    gpt, tokenizer = tiny
+    config = train.Config("sst2", method, init_text="a witty film", max_train=20, num_virtual_tokens=5, device="cpu", quiet=True)
+    model = train.build(config, train.prepare(config)).eval()
+    a, witty, film = tokenizer.encode_ordinary("a witty film")
+    words = gpt.embed(torch.tensor([a, witty, film, a, witty]))
+    read, _ = model.read(torch.zeros(3, 1, dtype=torch.long), torch.ones(3), torch.randn(3, words.shape[1]))
+    assert torch.allclose(read[:, :5], words.expand(3, -1, -1), atol=1e-6)
+
+
 def test_the_probes_rate_is_the_heads(tiny, monkeypatch):
     def optimizer(groups, adam=torch.optim.AdamW, **how):
         rates.append([group["peak_lr"] for group in groups])
