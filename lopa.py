@@ -6,7 +6,7 @@ jabhinav/Prompt-Tuning-Strikes-Back-with-LOPA-NLU. Equation numbers are those of
 
 This one file is the whole method; it needs torch alone and works with every model that takes embedded text.
 Sections 1 and 2 are the heart of it, prompt tuning and LoPA; the rest is what LoPA is compared with. To copy
-LoPA alone, copy the imports, SoftPrompt, Head, LoPA, FUSIONS and require_positive.
+LoPA alone, copy the imports, SoftPrompt, Head, LoPA and FUSIONS.
 
     symbol         meaning                                        name in code        shape
     B, T           batch size, text length in tokens              B, T
@@ -67,12 +67,11 @@ class SoftPrompt(nn.Module):
 class PromptTuning(SoftPrompt):
     """Z = Z_S for every input: prompt tuning (Lester, Al-Rfou, Constant 2021, arXiv 2104.08691).
 
-    Shapes: Z_S (m, d), Z (B, m, d).
+    Shapes: Z_S (m, d), Z (B, m, d). Trainable: N = m d.
     """
 
     def __init__(self, embed_dim: int, num_virtual_tokens: int = 10, init_std: float = 1.0, **unused):
         super().__init__(**unused)
-        require_positive(embed_dim=embed_dim, num_virtual_tokens=num_virtual_tokens)
         self.soft_prompt = nn.Parameter(init_std * torch.randn(num_virtual_tokens, embed_dim))  # Z_S: (m, d)
 
     def prompt(self, instance: Tensor) -> Tensor:
@@ -82,10 +81,6 @@ class PromptTuning(SoftPrompt):
     def start_from(self, embeds: Tensor) -> None:
         """Let Z_S start as these vectors (m, d) instead of noise: the embeddings of words, say."""
         self.soft_prompt.copy_(embeds)
-
-    @staticmethod
-    def count(embed_dim: int, num_virtual_tokens: int, **unused) -> int:
-        return num_virtual_tokens * embed_dim                # N = m d
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -134,15 +129,13 @@ class LoPA(SoftPrompt):
 
     fusion: how Z_S and Z_I = U V^T meet. "gate" is LoPA; the others are the released code's ablations,
     without the sigmoid: "add" Z_S + Z_I, "max" elementwise, "concat" [Z_S ; Z_I], which is 2 m tokens long.
-    Raises ValueError for sizes below 1 and for an unknown fusion.
+    Raises ValueError for an unknown fusion.
     """
 
     def __init__(self, embed_dim: int, instance_dim: int, num_virtual_tokens: int = 10, rank: int = 4,
                  hidden_dim: int = 256, dropout: float = 0.1, fusion: str = "gate", init_std: float = 1.0,
                  head_std: float | None = None, **unused):
         super().__init__(**unused)
-        require_positive(embed_dim=embed_dim, instance_dim=instance_dim,
-                         num_virtual_tokens=num_virtual_tokens, rank=rank, hidden_dim=hidden_dim)
         if fusion not in FUSIONS:
             raise ValueError(f"unknown fusion {fusion!r}: choose one of {', '.join(FUSIONS)}")
         self.rank, self.fusion = rank, fusion
@@ -173,12 +166,6 @@ class LoPA(SoftPrompt):
         """Let Z start as these vectors (m, d): Z_S as twice them, behind gates of 1/2."""
         self.soft_prompt.copy_(2 * embeds if self.fusion == "gate" else embeds)
 
-    @staticmethod
-    def count(embed_dim: int, instance_dim: int, num_virtual_tokens: int, rank: int, hidden_dim: int,
-              **unused) -> int:
-        m, d, d_h, H, r = num_virtual_tokens, embed_dim, instance_dim, hidden_dim, rank
-        return m * d + 2 * (d_h * H + H) + r * (m + d) * (H + 1)
-
 
 # ----------------------------------------------------------------------------------------------------------
 # 3. Relatives: three whose prompt is the same for every input (DPT, BPT, residual), one that computes all of
@@ -188,21 +175,16 @@ class LoPA(SoftPrompt):
 class DecomposedPromptTuning(SoftPrompt):
     """Z = A B: DPT (Xiao et al. 2023; code XYaoooo/DPT), where r is called b.
 
-    Shapes: A (m, r), B (r, d), Z (B, m, d), the same for every input.
+    Shapes: A (m, r), B (r, d), Z (B, m, d), the same for every input. Trainable: N = r (m + d).
     """
 
     def __init__(self, embed_dim: int, num_virtual_tokens: int = 10, rank: int = 4, **unused):
         super().__init__(**unused)
-        require_positive(embed_dim=embed_dim, num_virtual_tokens=num_virtual_tokens, rank=rank)
         self.A = nn.Parameter(torch.empty(num_virtual_tokens, rank).uniform_(-0.5, 0.5))     # (m, r)
         self.B = nn.Parameter(torch.empty(rank, embed_dim).uniform_(-0.5, 0.5))              # (r, d)
 
     def prompt(self, instance: Tensor) -> Tensor:
         return (self.A @ self.B).expand(len(instance), -1, -1)   # Eq. (3): (m, r)(r, d) -> (B, m, d)
-
-    @staticmethod
-    def count(embed_dim: int, num_virtual_tokens: int, rank: int, **unused) -> int:
-        return rank * (num_virtual_tokens + embed_dim)       # N = r (m + d)
 
 
 class BilinearPromptTuning(DecomposedPromptTuning):
@@ -222,12 +204,12 @@ class ResidualPromptTuning(PromptTuning):
 
     Razdaibiedina et al. 2023, arXiv 2305.03937.
     Shapes: P (m, d), W_down (H, d), b (H,), W_up (d, H), b' (d,), Z (B, m, d), the same for every input.
+    Trainable: N = m d + 2 d H + H + 3 d.
     """
 
     def __init__(self, embed_dim: int, num_virtual_tokens: int = 10, hidden_dim: int = 256,
                  init_std: float = 1.0, **unused):
         super().__init__(embed_dim, num_virtual_tokens, init_std, **unused)
-        require_positive(hidden_dim=hidden_dim)
         self.mlp = nn.Sequential(nn.Linear(embed_dim, hidden_dim), nn.ReLU(),    # W_down, b
                                  nn.Linear(hidden_dim, embed_dim),               # W_up, b'
                                  nn.LayerNorm(embed_dim))
@@ -236,16 +218,11 @@ class ResidualPromptTuning(PromptTuning):
         Z = self.soft_prompt + self.mlp(self.soft_prompt)    # Eq. (4): (m, d)
         return Z.expand(len(instance), -1, -1)               # (B, m, d)
 
-    @staticmethod
-    def count(embed_dim: int, num_virtual_tokens: int, hidden_dim: int, **unused) -> int:
-        m, d, H = num_virtual_tokens, embed_dim, hidden_dim
-        return m * d + 2 * d * H + H + 3 * d
-
 
 class IDPG(SoftPrompt):
     """Z = reshape(Head(h)): all of it from the input (Wu et al. 2022, arXiv 2204.04497), no task component.
 
-    Shapes: h (B, d_h), Head(h) (B, m d), Z (B, m, d).
+    Shapes: h (B, d_h), Head(h) (B, m d), Z (B, m, d). Trainable: N = (d_h H + H) + (H + 1) m d.
     tanh as in LoPA's released re-implementation; IDPG's own code has GELU. It starts as LoPA does, with the
     same prompt for every input: W_2 = 0 and b_2 ~ N(0, init_std^2); with head_std=0.02 as released.
     """
@@ -254,8 +231,6 @@ class IDPG(SoftPrompt):
                  hidden_dim: int = 256, dropout: float = 0.1, init_std: float = 1.0,
                  head_std: float | None = None, **unused):
         super().__init__(**unused)
-        require_positive(embed_dim=embed_dim, instance_dim=instance_dim,
-                         num_virtual_tokens=num_virtual_tokens, hidden_dim=hidden_dim)
         self.embed_dim = embed_dim
         self.head = Head(instance_dim, hidden_dim, num_virtual_tokens * embed_dim, dropout, head_std)
         if head_std is None:
@@ -270,23 +245,18 @@ class IDPG(SoftPrompt):
         """Let Z start as these vectors (m, d) for every input."""
         self.head.up_proj.bias.copy_(embeds.flatten())
 
-    @staticmethod
-    def count(embed_dim: int, instance_dim: int, num_virtual_tokens: int, hidden_dim: int, **unused) -> int:
-        m, d, d_h, H = num_virtual_tokens, embed_dim, instance_dim, hidden_dim
-        return (d_h * H + H) + (H + 1) * m * d
-
 
 class DePT(PromptTuning):
     """[P ; X_e + s A B]: a short prompt, and one offset per position (Shi, Lipani 2024, arXiv 2309.05173).
 
     Shapes: P (m, d), X_e (B, T, d), A (n, r) with n = max_length, of which the first T rows are used,
-    B (r, d) = 0 at the start; s = alpha / sqrt(r), alpha = 8. Raises ValueError for T > n.
+    B (r, d) = 0 at the start; s = alpha / sqrt(r), alpha = 8. Trainable: N = m d + (n + d) r. Raises
+    ValueError for T > n.
     """
 
     def __init__(self, embed_dim: int, num_virtual_tokens: int = 10, rank: int = 4, max_length: int = 128,
                  init_std: float = 1.0, **unused):
         super().__init__(embed_dim, num_virtual_tokens, init_std, **unused)
-        require_positive(rank=rank, max_length=max_length)
         self.scale = 8 / math.sqrt(rank)
         self.A = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(max_length, rank), a=math.sqrt(5)))
         self.B = nn.Parameter(torch.zeros(rank, embed_dim))
@@ -299,22 +269,17 @@ class DePT(PromptTuning):
         offset = self.scale * (self.A[:T] @ self.B)          # Eq. (10): (T, r)(r, d) -> (T, d)
         return super().forward(token_embeds + offset.to(token_embeds.dtype), instance)
 
-    @staticmethod
-    def count(embed_dim: int, num_virtual_tokens: int, rank: int, max_length: int, **unused) -> int:
-        m, d, r, n = num_virtual_tokens, embed_dim, rank, max_length
-        return m * d + (n + d) * r
-
 
 class ADePT(PromptTuning):
     """[P ; X_e + ReLU(X_e A + a) B + b]: the offset follows the token, not its position (Tang et al. 2025).
 
     Shapes: P (m, d), X_e (B, T, d), A (d, r), a (r,), B (r, d), b (d,); a, B and b are 0 at the start.
+    Trainable: N = m d + 2 d r + r + d.
     """
 
     def __init__(self, embed_dim: int, num_virtual_tokens: int = 10, rank: int = 4, init_std: float = 1.0,
                  **unused):
         super().__init__(embed_dim, num_virtual_tokens, init_std, **unused)
-        require_positive(rank=rank)
         self.down_proj = nn.Linear(embed_dim, rank)          # A, a
         self.up_proj = nn.Linear(rank, embed_dim)            # B, b
         for zero in (self.down_proj.bias, self.up_proj.weight, self.up_proj.bias):
@@ -324,11 +289,6 @@ class ADePT(PromptTuning):
         X_e = token_embeds.to(self.down_proj.weight.dtype)   # the frozen model may be bfloat16
         offset = self.up_proj(F.relu(self.down_proj(X_e)))   # Eq. (11): (B, T, d)
         return super().forward(token_embeds + offset.to(token_embeds.dtype), instance)
-
-    @staticmethod
-    def count(embed_dim: int, num_virtual_tokens: int, rank: int, **unused) -> int:
-        m, d, r = num_virtual_tokens, embed_dim, rank
-        return m * d + 2 * d * r + r + d
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -341,16 +301,12 @@ class LoRALinear(nn.Module):
     GPT-2's c_attn computes query, key and value at once: its W_0 (3 d, d) is num_parts = 3 matrices (d, d),
     one below the other. Each part has an A (r, in) and a B (out / num_parts, r) of its own, B = 0 at the
     start; for c_attn 2 d r trainable numbers a part. alpha = 2 r, so alpha / r = 2.
-    Shapes: x (..., in) -> (..., out). Raises ValueError if the parts are not equal.
+    Shapes: x (..., in) -> (..., out).
     """
 
     def __init__(self, linear: nn.Linear, rank: int, num_parts: int = 1):
         super().__init__()
-        require_positive(rank=rank)
         p, d_in = num_parts, linear.in_features
-        if linear.out_features % p:
-            raise ValueError(f"a layer of {linear.out_features} outputs is not {p} equal matrices: name another "
-                             "number in target_modules")
         self.linear = linear.requires_grad_(False)
         self.A = nn.Parameter(torch.empty(p, rank, d_in).uniform_(-1, 1) / math.sqrt(d_in))  # (p, r, in)
         self.B = nn.Parameter(torch.zeros(p, linear.out_features // p, rank))                # (p, out/p, r)
@@ -360,43 +316,105 @@ class LoRALinear(nn.Module):
         update = 2 * torch.einsum("por,...pr->...po", self.B.to(x.dtype), low)       # Eq. (12)
         return self.linear(x) + update.flatten(-2)                           # (..., out)
 
-    def merged(self) -> nn.Linear:
-        """The same map as one plain linear layer: after training, LoRA costs nothing more."""
-        linear = copy.deepcopy(self.linear)
-        linear.weight.data += 2 * (self.B @ self.A).flatten(0, 1)            # (p, out/p, in) -> (out, in)
-        return linear
+
+# What computes queries, keys and values, and of how many matrices it is: GPT-2's one layer for all three;
+# GPT-NeoX's, which mixes them head by head and so counts as one matrix; Llama's, Qwen2's and OPT's.
+TARGET_MODULES = {"c_attn": 3, "query_key_value": 1, "q_proj": 1, "k_proj": 1, "v_proj": 1}
 
 
-# What computes queries, keys and values: GPT-2's one layer for all three; GPT-NeoX's, which mixes them head
-# by head and so counts as one matrix; Llama's, Qwen2's and OPT's.
-ATTENTION_PROJECTIONS = {"c_attn": 3, "query_key_value": 1, "q_proj": 1, "k_proj": 1, "v_proj": 1}
-
-
-def add_lora(model: nn.Module, rank: int,
-             target_modules: dict[str, int] = ATTENTION_PROJECTIONS) -> nn.Module:
-    """Freeze `model` and wrap its linear layers of these names, in place; returns the model.
-
-    target_modules: name of the layer -> how many matrices it holds, one below the other. ValueError: the
-    model has no layer so named.
-    """
+def add_lora(model: nn.Module, rank: int) -> nn.Module:
+    """Freeze `model` and wrap its TARGET_MODULES, in place; returns the model. ValueError: it has none."""
     model.requires_grad_(False)
     found = [(parent, name) for parent in model.modules() for name, _ in parent.named_children()
-             if name in target_modules]
+             if name in TARGET_MODULES]
     if not found:
-        raise ValueError(f"the model has no layer named {', '.join(target_modules)}: name its attention's "
-                         "projections in target_modules")
+        raise ValueError(f"the model has no layer named {', '.join(TARGET_MODULES)}: add its attention's "
+                         "projections to TARGET_MODULES")
     for parent, name in found:
-        setattr(parent, name, LoRALinear(getattr(parent, name), rank, target_modules[name]))
+        setattr(parent, name, LoRALinear(getattr(parent, name), rank, TARGET_MODULES[name]))
     return model
 
 
-def merge_lora(model: nn.Module) -> nn.Module:
-    """Replace each layer that add_lora wrapped by its merged plain one, in place; returns the model."""
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            if isinstance(layer, LoRALinear):
-                setattr(parent, name, layer.merged())
-    return model
+# ----------------------------------------------------------------------------------------------------------
+# 5. A frozen model with one of them on it: from text to the scores of the label words
+
+
+class Adapted(nn.Module):
+    """A frozen GPT with one method on it. What requires a gradient is what is trained, saved and counted.
+
+    config has train.py's fields; its `method` is a key of METHODS, or "lora" or "full". Without one the model
+    is bare, zero-shot. gpt has embed, hidden_at and logits, as model.py's, and encoder makes h. LoRA, full
+    fine-tuning and a tuned encoder work on copies, the latter two in float32: `gpt` and `encoder` themselves
+    never change. label_ids: (labels,), tokens; of a task with answers those that end one.
+    """
+
+    def __init__(self, config, gpt: nn.Module, encoder: nn.Module, label_ids: Tensor):
+        super().__init__()
+        self.gpt, self.label_ids, self.prompt, self.encoder = gpt, label_ids, None, None
+        if config is None:
+            return
+        if config.method in METHODS:
+            every_token = torch.arange(gpt.config.vocab_size, device=label_ids.device)
+            init_std = config.init_std or gpt.embed(every_token).float().std().item()
+            self.prompt = METHODS[config.method](
+                embed_dim=gpt.config.n_embd, instance_dim=len(encoder.mean),
+                num_virtual_tokens=config.num_virtual_tokens, rank=config.rank, hidden_dim=config.hidden_dim,
+                dropout=config.dropout, fusion=config.fusion, init_std=init_std,
+                head_std=config.head_std, max_length=gpt.config.n_positions)
+        elif config.method == "lora":
+            self.gpt = add_lora(copy.deepcopy(gpt), config.rank)
+        elif config.method == "full":
+            self.gpt = copy.deepcopy(gpt).float().requires_grad_(True)
+        else:
+            raise ValueError(f"unknown method {config.method!r}: none of {', '.join(METHODS)}, lora, full")
+        if config.tune_encoder:
+            self.encoder = copy.deepcopy(encoder).float().requires_grad_(True)
+            one = torch.ones(1, 1, dtype=torch.long, device=label_ids.device)
+            self.encoder(one, lengths=one[0]).sum().backward()
+            for p in self.encoder.parameters():                        # later blocks have no part in h
+                p.requires_grad_(p.grad is not None).grad = None
+        self.to(label_ids.device)
+
+    def forward(self, tokens: Tensor, lengths: Tensor, instance: Tensor,
+                answers: Tensor | None = None) -> Tensor:
+        """Tokens (B, T), lengths (B,), h (B, d_h) -> label words' logits at the last real token, (B, labels).
+
+        With answers (B, max_answer), behind which is -100: the logits of each of their n tokens, right before
+        it, (n, vocab_size). Logits are computed where a target stands and nowhere else.
+        """
+        inputs_embeds, lengths = self.read(tokens, lengths, instance)  # (B, m + T, d), (B,)
+        if answers is None:
+            last = self.gpt.hidden_at(inputs_embeds, lengths - 1)      # (B, d)
+            logits = self.gpt.logits(last, self.label_ids)             # (B, labels)
+        else:
+            rows, i = (answers >= 0).nonzero(as_tuple=True)            # (n,): token i of a row's answer
+            inputs_embeds = F.pad(inputs_embeds, (0, 0, 0, int(i.max()) + 1))
+            inputs_embeds[rows, lengths[rows] + i] = self.gpt.embed(answers[rows, i])
+            logits = self.gpt.logits(self.gpt.hidden_at(inputs_embeds, lengths[rows] + i - 1, rows))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))     # bfloat16 is coarse
+
+    def read(self, tokens: Tensor, lengths: Tensor, instance: Tensor) -> tuple[Tensor, Tensor]:
+        """What the frozen model reads, (B, m + T, d), and how much of it is prompt and text, (B,)."""
+        if self.encoder is not None:
+            instance = self.encoder(tokens, lengths)
+        inputs_embeds = self.gpt.embed(tokens)                         # (B, T, d)
+        if self.prompt is not None:
+            inputs_embeds = self.prompt(inputs_embeds, instance)       # (B, m + T, d)
+        return inputs_embeds, lengths + inputs_embeds.shape[1] - tokens.shape[1]
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def parameter_groups(self, lr: float, head_lr: float, encoder_lr: float) -> list[dict]:
+        """What is trained, by its peak learning rate: heads and a tuned encoder have one of their own."""
+        heads = {id(p) for part in self.modules() if isinstance(part, Head) for p in part.parameters()}
+        if isinstance(self.prompt, IDPG):
+            heads.remove(id(self.prompt.head.up_proj.bias))            # it is what Z_S is to LoPA
+        groups: dict[float, list] = {}
+        for name, p in self.trained().items():
+            rate = head_lr if id(p) in heads else encoder_lr if name.startswith("encoder.") else lr
+            groups.setdefault(rate, []).append(p)
+        return [dict(params=params, peak_lr=rate) for rate, params in groups.items()]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -412,9 +430,3 @@ def get_nb_trainable_parameters(module: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters of a module; peft's name and meaning, each parameter counted once."""
     parameters = list(module.parameters())
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
-
-
-def require_positive(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} is {size}: it must be at least 1")

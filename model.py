@@ -16,7 +16,6 @@ This file imports torch and the standard library alone, so it can be copied by i
 import hashlib
 import json
 import math
-import mmap
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -49,11 +48,10 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, past: list[Tensor] | None = None, real: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, past: list[Tensor] | None = None) -> Tensor:
         """x (B, T, d) -> (B, T, d).
 
         `past`, when generating, holds the keys and values of the positions before x; those of x join them.
-        If some of those are padding, `real` (B, past + 1) tells which are not.
         """
         B, T, d = x.shape
         parts = self.c_attn(x).split(d, dim=2)                         # three of (B, T, d)
@@ -65,9 +63,8 @@ class Attention(nn.Module):
         if past is not None:
             past[:] = k, v
         # Causal, and padding stands on the right: no real token can see it, so no other mask is needed.
-        # A single position is the last one and sees everything that is real.
-        mask = None if real is None else real[:, None, None]           # (B, 1, 1, past + 1)
-        x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=T > 1)     # (B, n_head, T, d / n_head)
+        # A single position is the last one and sees everything.
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)   # (B, n_head, T, d / n_head)
         return self.c_proj(x.transpose(1, 2).flatten(2))               # heads side by side again: (B, T, d)
 
 
@@ -89,9 +86,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, past: list[Tensor] | None = None, real: Tensor | None = None) -> Tensor:
-        """x (B, T, d) -> (B, T, d); `past` and `real` are the attention's."""
-        x = x + self.attn(self.ln_1(x), past, real)
+    def forward(self, x: Tensor, past: list[Tensor] | None = None) -> Tensor:
+        """x (B, T, d) -> (B, T, d); `past` is the attention's."""
+        x = x + self.attn(self.ln_1(x), past)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -120,18 +117,18 @@ class GPT(nn.Module):
         It holds config.json and model.safetensors or pytorch_model.bin. ValueError: one of them is missing
         or damaged, they do not fit together, or they are another architecture's.
         """
-        folder = Path(folder)
-        files = [folder / "model.safetensors", folder / "pytorch_model.bin"]
-        files = [file for file in files if file.is_file()]
-        if list(folder.glob("*.index.json")) and not files:
-            raise ValueError(f"{folder} holds a model in several files (shards), and this reader takes one: "
-                             "save it again with a max_shard_size that is larger than it")
-        if not files or not (folder / "config.json").is_file():
+        config, weights = Path(folder, "config.json"), Path(folder, "model.safetensors")
+        if not weights.is_file():
+            weights = Path(folder, "pytorch_model.bin")
+        if not config.is_file() or not weights.is_file():
             raise ValueError(f"{folder} does not hold config.json and model.safetensors or "
-                             "pytorch_model.bin: name a folder with a GPT-2 in it")
+                             "pytorch_model.bin: name a folder with a GPT-2, not in several files (shards)")
         with torch.device("meta"):                                     # shapes alone, no memory yet
-            gpt = cls(read_config(folder / "config.json"))
-        gpt.load_state_dict(read_weights(files[0], gpt.state_dict(), dtype), assign=True)
+            gpt = cls(read_config(config))
+        try:
+            gpt.load_state_dict(read_weights(weights, dtype), assign=True)
+        except RuntimeError as error:                                  # it names all that does not fit
+            raise ValueError(f"{weights}, {config}: {short(error, 400)}: is it another model's?") from None
         return gpt
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -139,26 +136,21 @@ class GPT(nn.Module):
         return self.wte(tokens)
 
     def hidden(self, inputs_embeds: Tensor, num_blocks: int | None = None,
-               past: list[list[Tensor]] | None = None, real: Tensor | None = None) -> Tensor:
+               past: list[list[Tensor]] | None = None) -> Tensor:
         """Embedded input (B, T, d) -> last hidden states (B, T, d). A prompt in front shifts the text.
 
         With `num_blocks`, the raw states after that many blocks. `past`, at first an empty list per block,
-        fills with keys and values; from then on the input is the one next position. Where rows of the past
-        were padded, `real` (B, past + 1) tells which of its positions, and the next one, are not padding.
-        ValueError: the input is more than one position then, or longer than the context.
+        fills with keys and values; from then on the input is the one next position. ValueError: it does not
+        fit the context.
         """
         T = inputs_embeds.shape[1]
         start = past[0][0].shape[2] if past and past[0] else 0
         if start + T > self.config.n_positions:
             raise ValueError(f"input of {start + T} tokens > context {self.config.n_positions}: "
                              "lower num_virtual_tokens or cut the text")
-        if start and T > 1:
-            raise ValueError(f"{T} positions after a past of {start}: pass them one by one")
-        # (T,), or (B, 1): a row's next position is as far as it has real ones, wherever its padding stands.
-        positions = slice(start, start + T) if real is None else real.sum(dim=1, keepdim=True) - 1
-        x = inputs_embeds + self.wpe.weight[positions]                 # (B, T, d) + (T, d) or (B, 1, d)
+        x = inputs_embeds + self.wpe.weight[start:start + T]           # (B, T, d) + (T, d)
         for block, block_past in zip(self.h[:num_blocks], past or [None] * len(self.h)):
-            x = block(x, block_past, real)
+            x = block(x, block_past)
         return self.ln_f(x) if num_blocks is None else x
 
     def hidden_at(self, inputs_embeds: Tensor, positions: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -193,35 +185,27 @@ class GPT(nn.Module):
                  ends: Tensor | None = None) -> Tensor:
         """Embedded input (B, T, d), with a prompt or not -> the likeliest next tokens (B, max_new_tokens).
 
-        Rows of different lengths (B,) are padded on the right. A row that has come to one of the tokens
-        `ends` (n,) is over, and ends[0] fills what is left of it. ValueError: the input is empty, or does not
-        fit the context together with the new tokens.
+        Rows of different lengths (B,) are padded on the right; those of one length are generated together.
+        A row that has come to one of the tokens `ends` (n,) is over, and ends[0] fills what is left of it.
         """
         B, T, _ = inputs_embeds.shape
-        if T == 0:
-            raise ValueError("the input is empty, nothing can follow it: pass a prompt or one token")
-        if T + max_new_tokens > self.config.n_positions:
-            raise ValueError(f"{T} input + {max_new_tokens} new tokens > context {self.config.n_positions}: "
-                             "lower max_new_tokens or cut the input")
-        if ends is None:
-            ends = torch.zeros(0, dtype=torch.long, device=inputs_embeds.device)
-        tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=inputs_embeds.device)
-        over = torch.zeros(B, dtype=torch.bool, device=tokens.device)
-        past, rows = [[] for _ in range(self.config.n_layer)], torch.arange(B, device=tokens.device)
-        last, real = torch.full_like(rows, T - 1) if lengths is None else lengths - 1, None
-        for i in range(max_new_tokens):
-            states = self.hidden(inputs_embeds, past=past, real=real)          # (B, T, d), then (B, 1, d)
-            tokens[:, i] = self.logits(states[rows, last]).argmax(dim=-1)
-            tokens[over, i] = ends[:1]
-            over |= torch.isin(tokens[:, i], ends)
-            if over.all():
-                tokens[:, i + 1:] = ends[:1]
-                break
-            inputs_embeds = self.embed(tokens[:, i:i + 1])             # (B, 1, d): the rest is in `past`
-            if lengths is not None:                                    # new ones stand after the padding
-                real = torch.arange(T + i + 1, device=rows.device)
-                real = (real < lengths[:, None]) | (real >= T)         # (B, T + i + 1)
-            last = torch.zeros_like(rows)                              # the only position of the next input
+        device = inputs_embeds.device
+        lengths = torch.full((B,), T, device=device) if lengths is None else lengths
+        ends = torch.zeros(0, dtype=torch.long, device=device) if ends is None else ends
+        tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
+        for length in lengths.unique().tolist():
+            rows = (lengths == length).nonzero().flatten()             # (b,)
+            x, past = inputs_embeds[rows, :length], [[] for _ in self.h]
+            over = torch.zeros(len(rows), dtype=torch.bool, device=device)
+            for i in range(max_new_tokens):
+                new = self.logits(self.hidden(x, past=past)[:, -1]).argmax(dim=-1)     # (b,)
+                new[over] = ends[:1]
+                tokens[rows, i] = new
+                over |= torch.isin(new, ends)
+                if over.all():
+                    tokens[rows, i + 1:] = ends[:1]
+                    break
+                x = self.embed(new[:, None])                           # (b, 1, d): the rest is in `past`
         return tokens
 
     def fingerprint(self) -> str:
@@ -250,8 +234,9 @@ class InstanceEncoder(nn.Module):
         if not 0 <= self.num_blocks <= n_layer:
             raise ValueError(f"the encoder has {n_layer} blocks, h cannot be read after {num_blocks}: name "
                              f"0 to {n_layer}")
-        self.register_buffer("mean", torch.zeros(gpt.config.n_embd))
-        self.register_buffer("std", torch.ones(gpt.config.n_embd))
+        device = next(gpt.parameters()).device
+        self.register_buffer("mean", torch.zeros(gpt.config.n_embd, device=device))
+        self.register_buffer("std", torch.ones(gpt.config.n_embd, device=device))
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Tokens (B, T), right-padded, and lengths (B,) -> h (B, d_h)."""
@@ -266,23 +251,23 @@ class InstanceEncoder(nn.Module):
         return (mean - self.mean) / self.std                           # Eq. (5)
 
     def fit(self, instances: Tensor) -> Tensor:
-        """The training split's embeddings (N, d_h), made before -> the same, standardised from now on."""
+        """The training split's embeddings (N, d_h), made before -> the same, standardised from now on.
+
+        Raises ValueError for a single row.
+        """
+        if len(instances) < 2:
+            raise ValueError("1 training row, but h is scaled by a deviation, which takes 2")
         self.mean, self.std = instances.mean(dim=0), instances.std(dim=0).clamp(min=1e-6)
         return (instances - self.mean) / self.std
 
 
 # -----------------------------------------------------------------------------------------------------------
-# The tiny GPT's sizes and its pre-training; the text and its tokenizer are the caller's.
+# The tiny GPT's pre-training; its sizes, the text and the tokenizer are the caller's.
 
 # 1.25 nats a token is about what the text's own randomness leaves; a model that ignores irony stays at 1.30,
 # and one that ignores polarity above 1.35. `documents` is how many reviews the caller's text should have.
 PRETRAINING = dict(steps=1200, batch_size=16, window=48, lr=4e-3, warmup_steps=50, documents=20_000,
                    max_rounds=3, learned_below=1.29)
-
-
-def tiny_config(vocab_size: int) -> GPTConfig:
-    # GPT-2's initial std 0.02 is too small at width 64: pre-training stalls before it has learned polarity.
-    return GPTConfig(vocab_size, n_positions=128, n_embd=64, n_layer=2, n_head=4, initializer_range=0.08)
 
 
 def cosine_factor(step: int, warmup_steps: int, total_steps: int) -> float:
@@ -332,140 +317,82 @@ def pretrain(config: GPTConfig, token_ids: Tensor, document_starts: Tensor, seed
 TRANSPOSED = ("c_attn.weight", "c_fc.weight", "c_proj.weight")
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "BOOL": torch.bool, "U8": torch.uint8}      # these two for the causal mask in older files
-MAX_HEADER = 2 ** 20      # bytes; gpt2-xl's is a tenth of that
 
 
 def read_config(path: Path) -> GPTConfig:
-    """config.json -> GPTConfig. ValueError: a size is missing or absurd, or the model computes otherwise."""
+    """config.json -> GPTConfig. ValueError: a size is absurd, or the model computes otherwise than GPT-2."""
     found = parse_object(path.read_bytes(), path)
     sizes = {name: found.get(name) for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")}
     for name, size in sizes.items():
-        limit = 1000 if name == "n_layer" else 1_000_000
-        if type(size) is not int or not 0 < size <= limit:
-            raise ValueError(f"{path}: {name} is missing or no whole number from 1 to {limit}")
-    if sizes["n_embd"] % sizes["n_head"]:
-        raise ValueError(f"{path}: n_embd {sizes['n_embd']} is no multiple of n_head {sizes['n_head']}")
-    epsilon = found.get("layer_norm_epsilon", 1e-5)
-    if type(epsilon) is not float or not 0 < epsilon < 1:
-        raise ValueError(f"{path}: layer_norm_epsilon is no number between 0 and 1")
-    computed = {"model_type": ["gpt2"], "activation_function": ["gelu_new"],
-                "n_inner": [None, 4 * sizes["n_embd"]],
-                "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False]}
-    for name, values in computed.items():
-        if name in found and found[name] not in values:
-            allowed = " or ".join(map(repr, values))
-            raise ValueError(f"{path}: {name} is not {allowed}: another model than GPT-2")
-    return GPTConfig(**sizes, layer_norm_epsilon=epsilon)
+        if type(size) is not int or not 0 < size <= 1_000_000 or sizes["n_embd"] % size and name == "n_head":
+            raise ValueError(f"{path}: {name} is {short(size)}, no size of a GPT-2")
+    usual = dict(model_type="gpt2", activation_function="gelu_new", n_inner=4 * sizes["n_embd"],
+                 scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
+    for name, value in usual.items():
+        if found.get(name) not in (None, value):
+            raise ValueError(f"{path}: {name} is not {value!r}: another model than GPT-2")
+    return GPTConfig(**sizes, layer_norm_epsilon=float(found.get("layer_norm_epsilon", 1e-5)))
 
 
-def read_weights(path: Path, wanted: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """A file's tensors under our names, in our layout and `dtype`: exactly those `wanted`, or ValueError."""
-    with open(path, "rb") as file:
-        if file.read(20) == b"version https://git-":
-            raise ValueError(f"{path} is a git-lfs pointer, not the weights: fetch them with git lfs pull")
+def read_weights(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A file's tensors under our names, in our layout and `dtype`. ValueError: damaged, or code is in it."""
     weights = {}
-    read = read_safetensors if path.suffix == ".safetensors" else read_bin
-    for stored_name, tensor in read(path):
-        name = stored_name.removeprefix("transformer.")                # files come with it and without
-        if name.endswith((".attn.bias", ".attn.masked_bias")):
-            continue                                                   # the causal mask, in older files
-        if name in weights:
-            raise ValueError(f"{path}: tensor {name!r} is there twice, with transformer. and without")
-        like = wanted.get("wte.weight" if name == "lm_head.weight" else name)
-        needed = None if like is None else list(like.shape)[::-1 if name.endswith(TRANSPOSED) else 1]
-        plain = tensor.layout == torch.strided and not tensor.is_meta and tensor.is_floating_point()
-        if list(tensor.shape) != needed or not plain:
-            raise ValueError(f"{path}: tensor {stored_name!r} is {list(tensor.shape)} of {tensor.dtype}, "
-                             f"config.json asks for {needed or 'no such tensor'}: is it another model's?")
-        # A view turned round: copies in our order cost memory and were no faster (training and generation).
-        weights[name] = (tensor.T if name.endswith(TRANSPOSED) else tensor).to(dtype)
-    missing = [name for name in wanted if name not in weights]
-    if missing:
-        shape = list(wanted[missing[0]].shape)
-        raise ValueError(f"{path}: lacks {len(missing)} of the {len(wanted)} tensors that config.json asks "
-                         f"for, first {missing[0]!r}, {shape}: is it another model's?")
-    head = weights.pop("lm_head.weight", None)
-    if head is not None and not torch.equal(head, weights["wte.weight"]):
-        raise ValueError(f"{path}: lm_head.weight differs from wte.weight, but GPT-2 has one table for both")
-    return weights
-
-
-def read_bin(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of a file that torch.save wrote. ValueError: it is damaged, or there is code in it."""
-    can_map = zipfile.is_zipfile(path)             # files from before 2020 are none: read whole
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
-    except Exception as error:                     # torch.load raises half a dozen types for a damaged file
-        raise ValueError(f"{path}: no saved weights ({type(error).__name__}): download it again") from None
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise ValueError(f"{path}: holds something else than tensors by name: save a state_dict")
-    for name in list(tensors):
-        yield str(name), tensors.pop(name)         # pop: only the reader's last tensor is in memory twice
+        if path.suffix == ".safetensors":
+            stored = read_safetensors(path)
+        else:                                                          # those from before 2020 are read whole
+            stored = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path)).items()
+        for name, tensor in stored:
+            name = name.removeprefix("transformer.")                   # files come with it and without
+            mask = name.endswith((".attn.bias", ".attn.masked_bias"))  # the causal one, in older files
+            if tensor.is_floating_point() and not mask:
+                # A view turned round: copies in our order cost memory and were no faster.
+                weights[name] = (tensor.T if name.endswith(TRANSPOSED) else tensor).to(dtype)
+    except Exception as error:                                         # a damaged file can raise anything
+        problem = f"cannot be read ({type(error).__name__}: {short(error, 200)})"
+        raise ValueError(f"{path} {problem}: delete it and get it again, a clone's with git lfs") from None
+    head = weights.get("lm_head.weight")
+    if head is not None and torch.equal(head, weights.get("wte.weight", head)):
+        del weights["lm_head.weight"]                                  # GPT-2 has one table for both
+    return weights
 
 
 def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of a safetensors file: views of the mapped file, read from disk when they are used.
 
     The file is the header's length (8 bytes, little-endian), the header, and the numbers without a gap; the
-    header is JSON, {name: {dtype, shape, data_offsets}}. ValueError, with file and tensor, if something does
-    not fit together.
+    header is JSON, {name: {dtype, shape, data_offsets}}. An error of some kind if that does not fit together.
     """
+    size = path.stat().st_size
     with open(path, "rb") as file:
-        size, start = path.stat().st_size, 8 + int.from_bytes(file.read(8), "little")
-        if not start <= min(size, MAX_HEADER):
-            raise ValueError(f"{path}: {size} bytes, its header {start - 8}: no safetensors file, "
-                             "download it again")
-        header = parse_object(file.read(start - 8), path)
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # what training writes stays in memory
+        start = 8 + int.from_bytes(file.read(8), "little")
+        if start > size:
+            raise ValueError(f"a header of {start - 8} bytes in a file of {size}")
+        header = json.loads(file.read(start - 8))
     header.pop("__metadata__", None)
-    entries = sorted(parse_entry(path, name, entry, size) for name, entry in header.items())
-    position = 0                                   # where the next tensor has to begin: no byte is left out
-    for begin, end, name, shape, dtype in entries:
-        wanted = (position, position + math.prod(shape) * dtype.itemsize)
-        if (begin, end) != wanted:
-            raise ValueError(f"{path}: tensor {name!r} at bytes {begin} to {end}, but {shape} of {dtype} "
-                             f"belongs at {wanted[0]} to {wanted[1]}: download it again")
-        position = end
-    if start + position != size:
-        raise ValueError(f"{path}: {size} bytes, the header describes {start + position}: download it again")
-    for begin, end, name, shape, dtype in entries:
-        tensor = torch.frombuffer(mapped, dtype=torch.uint8, count=end - begin, offset=start + begin)
+    content = torch.from_file(str(path), size=size, dtype=torch.uint8)         # training changes a copy
+    position = start                                                   # where the next tensor has to begin
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, (begin, end) = DTYPES[entry["dtype"]], entry["data_offsets"]
+        if start + begin != position:
+            raise ValueError(f"tensor {name!r} begins at {start + begin}, the one before ends at {position}")
+        tensor, position = content[start + begin:start + end], start + end
         if (start + begin) % dtype.itemsize:
-            tensor = tensor.clone()                # gpt2's own begin at an odd byte: not for floats
-        yield name, tensor.view(dtype).view(shape)
-        if hasattr(mapped, "madvise"):             # what was copied leaves memory, a view reads it again
-            mapped.madvise(mmap.MADV_DONTNEED)
+            tensor = tensor.clone()                                    # gpt2's own begin at an odd byte
+        yield name, tensor.view(dtype).view(entry["shape"])            # RuntimeError: not so many numbers
+    if position != size:
+        raise ValueError(f"{size} bytes, the tensors end at {position}")
 
 
-def parse_entry(path: Path, name: str, entry, size: int) -> tuple[int, int, str, list[int], torch.dtype]:
-    """A tensor's entry in the header, any JSON at all -> (begin, end, name, shape, dtype), or ValueError."""
+def parse_object(text: bytes, where: Path | str) -> dict:
+    """A JSON object, or ValueError."""
     try:
-        dtype, shape, (begin, end) = DTYPES[entry["dtype"]], list(entry["shape"]), entry["data_offsets"]
-        # type(), because True is an instance of int; all(shape), because no side is 0.
-        sound = (all(type(n) is int and 0 <= n <= size for n in [*shape, begin, end])
-                 and all(shape) and len(shape) <= 8)
-    except (KeyError, TypeError, ValueError):
-        sound = False
-    if not sound:
-        raise ValueError(f"{path}: tensor {name!r} needs dtype {', '.join(DTYPES)}, and shape and two "
-                         f"data_offsets within {size} bytes: save or download it again")
-    return begin, end, name, shape, dtype
+        return dict(json.loads(text))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{where}: not readable as a JSON object ({error}): get it again") from None
 
 
-def parse_object(text: bytes, path: Path) -> dict:
-    """A JSON object in which every name occurs once, or ValueError."""
-    def unique(pairs: list) -> dict:
-        names = {}
-        for name, value in pairs:
-            if name in names:
-                raise ValueError(f"{name!r} occurs twice")
-            names[name] = value
-        return names
-
-    try:
-        content = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-        if not isinstance(content, dict):
-            raise ValueError("another kind of value")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not readable as a JSON object ({error}): download it again") from None
-    return content
+def short(text: object, length: int = 80) -> str:
+    """What an error line quotes of a file: a damaged one may hold a label of a million characters."""
+    text = " ".join(str(text).split())
+    return text if len(text) <= length else f"{text[:length // 2]}…{text[-(length // 2 - 1):]}"

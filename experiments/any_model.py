@@ -22,9 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 import train
-from data import short
 from experiments import compare
-from model import GPT
+from model import GPT, short
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -101,7 +100,7 @@ class AnyModel(nn.Module):
         convolutions would count what stands between a text and its answer.
         """
         T = inputs_embeds.shape[1]
-        places = torch.arange(T, device=lengths.device) - (T - lengths)[:, None]       # (B, T), 0: a row's first
+        places = torch.arange(T, device=lengths.device) - (T - lengths)[:, None]       # (B, T); 0: the first
         shifted = inputs_embeds.take_along_dim(places.clamp(min=0)[..., None], dim=1)
         tokens = self.language_model.generate(
             inputs_embeds=shifted, attention_mask=(places >= 0).long(), eos_token_id=ends.tolist(),
@@ -126,8 +125,8 @@ class Tokenizer:
         return self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
 
 
-def load_model(name: str, config: train.Config) -> tuple[AnyModel, Tokenizer, float]:
-    """In place of train.load_model: (frozen model, its tokenizer, 0 seconds of pre-training)."""
+def load_model(name: str, config: train.Config) -> tuple[AnyModel, Tokenizer]:
+    """In place of train.load_model: (frozen model, its tokenizer)."""
     if not Path(name).is_dir():
         raise ValueError(f"{name} is no folder: name, first of all, one that holds a model of Transformers")
     files = [path.name for path in Path(name).glob("*.gguf")][:1]
@@ -145,7 +144,7 @@ def load_model(name: str, config: train.Config) -> tuple[AnyModel, Tokenizer, fl
         raise ValueError(f"{name} lacks {len(missing)} of the model's tensors, {short(min(missing))} for "
                          "one: get the files again")
     model = AnyModel(language_model).to(config.device)
-    return model.requires_grad_(False).eval(), tokenizer, 0.0
+    return model.requires_grad_(False).eval(), tokenizer
 
 
 def main(argv: list[str]) -> None:

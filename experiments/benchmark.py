@@ -15,9 +15,9 @@ import argparse
 import resource
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,7 +26,6 @@ from torch.nn import functional as F
 
 import data
 import train
-from lopa import get_nb_trainable_parameters
 from model import GPT, GPTConfig, InstanceEncoder, cosine_factor
 
 ROOT = Path(train.__file__).parent
@@ -45,7 +44,7 @@ def random_split(num_rows: int, vocab_size: int, device: str) -> data.Encoded:
     """Random tokens in texts of SST-2's lengths, random labels of two."""
     lengths = 4 + torch.multinomial(torch.tensor(SST2_LENGTHS, dtype=torch.float), num_rows, replacement=True)
     tokens = torch.randint(vocab_size, (num_rows, int(lengths.max())))
-    return data.Encoded(tokens, lengths, torch.randint(2, (num_rows,))).to(device)
+    return data.Encoded(tokens.to(device), lengths.to(device), torch.randint(2, (num_rows,)).to(device))
 
 
 def random_gpt(config: GPTConfig, device: str = "cpu", dtype: torch.dtype = torch.float32) -> GPT:
@@ -120,9 +119,9 @@ def an_epoch(device: str, dtype: torch.dtype, num_rows: int) -> None:
     naive_order = torch.randperm(num_rows).to(device).split(BATCH_SIZE)
     embedding = seconds(lambda: problem_of(gpt, split), device)
     problem, optimizer = problem_of(gpt, split), adamw(model, config)
-    order = train.shuffled_batches(split, BATCH_SIZE, torch.Generator().manual_seed(config.seed))
+    order = data.shuffled_batches(split, BATCH_SIZE, torch.Generator().manual_seed(config.seed))
     ours = [batch for batch, _ in train.parts(split, order)]
-    naive = list(train.batches(split, naive_order))
+    naive = list(data.batches(split, naive_order))
     naive_step(model, problem.encoder, optimizer, naive[0])            # not timed: the first step allocates
     times, operations = {"naive": 0.0, "ours": 0.0, "limit": 0.0}, []
     for naive_batch, batch in zip(naive, ours):
@@ -152,13 +151,13 @@ def same_losses() -> None:
     problem = problem_of(gpt, random_split(320, 100, "cpu"))
     split = problem.train
     split.instances = problem.encoder(split.tokens, split.lengths)     # in float64: train.py keeps float32
-    problem.tests = {"first row": split[:1]}
+    problem = replace(problem, tests={"first row": split[:1]})
     model, naive = (train.build(config, problem).double() for _ in range(2))
     our_loss = train.fit(config, model, problem)[0]["loss"]
     optimizer, losses = adamw(naive, config), []
-    order = train.shuffled_batches(split, BATCH_SIZE, torch.Generator().manual_seed(config.seed))
+    order = data.shuffled_batches(split, BATCH_SIZE, torch.Generator().manual_seed(config.seed))
     steps = len(order)
-    for number, batch in enumerate(train.batches(split, order)):
+    for number, batch in enumerate(data.batches(split, order)):
         optimizer.param_groups[0]["lr"] = config.lr * cosine_factor(number, int(0.06 * steps), steps)
         losses.append(naive_step(naive, problem.encoder, optimizer, batch).item())
     apart = abs(sum(losses) / len(losses) - our_loss)
@@ -191,73 +190,6 @@ def one_peak(way: str) -> None:
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 
 
-def growth() -> None:
-    """Step time and parameters as the prompt gets longer and the rank higher; 4 texts of 15 tokens."""
-    print("\ntrainable parameters, and seconds of a step on 4 texts of 15 tokens\n     m   " + "".join(
-        f"{name:>20}" for name in ("prompt tuning", "IDPG", "LoPA r=1", "r=2", "r=4", "r=8")))
-    gpt = random_gpt(GPTConfig())
-    encoder, label_ids = InstanceEncoder(gpt), torch.tensor([5, 7])
-    batch = data.Encoded(torch.randint(50257, (4, 15)), torch.full((4,), 15), torch.randint(2, (4,)),
-                         instances=torch.randn(4, 768))
-    for m in (5, 10, 25, 50, 100):
-        cells = []
-        for method, rank in (("pt", 4), ("idpg", 4), *(("lopa", r) for r in (1, 2, 4, 8))):
-            config = train.Config(**CONFIG | dict(method=method, num_virtual_tokens=m, rank=rank))
-            model = train.Adapted(config, gpt, encoder, label_ids)
-            optimizer = adamw(model, config)
-            best = min(seconds(lambda: our_step(model, optimizer, batch)) for _ in range(3))
-            cells.append(f"{get_nb_trainable_parameters(model.prompt)[0]:>13,} {best:5.2f}s")
-        print(f"  {m:4}   " + "".join(f"{cell:>20}" for cell in cells))
-
-
-@torch.no_grad()
-def latency() -> None:
-    """What the prompt adds to the answer for one text."""
-    gpt, label_ids = random_gpt(GPTConfig()), torch.tensor([5, 7])
-    encoder = InstanceEncoder(gpt)
-    lopa, bare = (train.Adapted(config, gpt, encoder, label_ids) for config in (train.Config(**CONFIG), None))
-    tokens, lengths = torch.randint(50257, (1, 15)), torch.tensor([15])
-    h = encoder(tokens, lengths)
-    ways = {"without a prompt": lambda: bare(tokens, lengths, h),
-            "LoPA, h kept": lambda: lopa(tokens, lengths, h),
-            "LoPA, h computed": lambda: lopa(tokens, lengths, encoder(tokens, lengths))}
-    print("\none text of 15 tokens:", ", ".join(
-        f"{name} {1000 * min(seconds(way) for _ in range(10)):.0f} ms" for name, way in ways.items()))
-
-
-def tiny_path() -> None:
-    """python train.py --task sst2, with the tiny GPT in the cache: the parts, and the whole."""
-    config = train.Config("sst2", device="cpu", quiet=True)
-    train.load_model("tiny", config)                                   # pre-trained now, if it was not yet
-    parts = {"import torch": seconds(lambda: subprocess.run([sys.executable, "-c", "import torch"]))}
-    parts["text, tokenizer, model"] = seconds(lambda: train.load_model("tiny", config))
-    began = time.perf_counter()
-    problem = train.prepare(config)
-    parts["data and instance embeddings"] = time.perf_counter() - began - parts["text, tokenizer, model"]
-    model = train.build(config, problem)
-    training = seconds(lambda: train.fit(config, model, problem))
-    scoring = config.epochs * seconds(lambda: train.predict(model, problem.test))
-    parts |= {"training": training - scoring, f"{config.epochs} evaluations on dev": scoring}
-    with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, train.__file__, *"--task sst2 --device cpu --quiet --out".split(), out]
-        whole = seconds(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL))
-    print(f"\npython train.py --task sst2: {whole:.1f} s, of which")
-    for name, t in parts.items():
-        print(f"  {t:5.2f} s  {name}")
-    batch = next(train.batches(problem.train, torch.arange(32).split(32)))
-
-    def forward() -> Tensor:
-        return model(batch.tokens, batch.lengths, batch.instances)
-
-    with torch.no_grad():
-        ahead = min(seconds(forward) for _ in range(50))
-    both = min(seconds(lambda: F.cross_entropy(forward(), batch.labels).backward()) for _ in range(50))
-    num_tokens = int(batch.lengths.sum()) + 32 * M
-    products = min(seconds(lambda: matrix_products(problem.gpt, num_tokens)) for _ in range(50))
-    print(f"a step: forward {1000 * ahead:.1f} ms, forward and backward {1000 * both:.1f} ms, its matrix "
-          f"products alone {1000 * products:.1f} ms; the rest is GELU, attention and starting small tasks")
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser("benchmark", "python -m experiments.benchmark [flags]", __doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -273,6 +205,3 @@ if __name__ == "__main__":
         peak_memory()                                                  # a child's peak begins at its parent's
         an_epoch(args.device, getattr(torch, args.dtype), args.rows)
         same_losses()
-        growth()
-        latency()
-        tiny_path()

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import torch
 
+import data
 import train
-from data import short
 from experiments import any_model
 from experiments.benchmark import ROOT, adamw, our_step, seconds
 from lopa import get_nb_trainable_parameters
+from model import short
 
 METHODS = ("pt", "dpt", "idpg", "lopa", "lora")
 BATCH_SIZE, NUM_BATCHES, NUM_TEXTS = 16, 4, 10
@@ -28,8 +29,7 @@ BATCH_SIZE, NUM_BATCHES, NUM_TEXTS = 16, 4, 10
 
 def settings(args: argparse.Namespace, method: str) -> train.Config:
     return train.Config("sst2", method=method, model=args.folder, data=args.data, dtype=args.dtype,
-                        max_train=BATCH_SIZE * (NUM_BATCHES + 1), holdout=BATCH_SIZE,      # dev is not needed
-                        batch_size=BATCH_SIZE, device="cpu", quiet=True)
+                        max_train=BATCH_SIZE * NUM_BATCHES, batch_size=BATCH_SIZE, device="cpu", quiet=True)
 
 
 def peak_of_a_step(args: argparse.Namespace) -> int:
@@ -41,13 +41,12 @@ def peak_of_a_step(args: argparse.Namespace) -> int:
     optimizer = adamw(model, config)
     ctypes.CDLL(None).malloc_trim(0)                                   # loading left free memory behind
     Path("/proc/self/clear_refs").write_text("5")                      # the peak starts from here
+    def kilobytes(name: str) -> int:
+        return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
     before = kilobytes("VmRSS")
     our_step(model, optimizer, longest)
     return (kilobytes("VmHWM") - before) // 1024
-
-
-def kilobytes(name: str) -> int:
-    return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def costs(args: argparse.Namespace) -> str:
@@ -58,23 +57,21 @@ def costs(args: argparse.Namespace) -> str:
     models |= {method: train.build(settings(args, method), problem) for method in METHODS}
     optimizers = {method: adamw(models[method], settings(args, method)) for method in METHODS}
     steps, answers = {method: [] for method in METHODS}, {method: [] for method in models}
-    order = train.shuffled_batches(split, BATCH_SIZE, torch.Generator().manual_seed(0))
-    for batch in train.batches(split, order):
+    order = data.shuffled_batches(split, BATCH_SIZE, torch.Generator().manual_seed(0))
+    for batch in data.batches(split, order):
         for method in METHODS:
-            def step():
-                our_step(models[method].train(), optimizers[method], batch)
-            step()                                                     # a new shape is slow at first
-            steps[method].append(seconds(step))
-    for text in train.batches(split, [torch.tensor([row]) for row in range(NUM_TEXTS)]):       # not padded
+            for times in ([], steps[method]):                          # a new shape is slow at first
+                times.append(seconds(lambda: our_step(models[method].train(), optimizers[method], batch)))
+    for text in data.batches(split, list(torch.arange(NUM_TEXTS)[:, None])):           # not padded
         for method, model in models.items():
             def answer():                                              # h is a part of it where it is used
                 h = encoder(text.tokens, text.lengths) if method in ("idpg", "lopa") else text.instances
                 model.eval()(text.tokens, text.lengths, h)
             with torch.no_grad():
-                answer()
-                answers[method].append(seconds(answer))
-    header = ["method", "trainable", "a step, seconds", "compared with pt", "peak of a step, MB", "one text, ms"]
-    lines = [f"| {' | '.join(header)} |", "|" + " --- |" * len(header)]
+                for times in ([], answers[method]):
+                    times.append(seconds(answer))
+    lines = ["| method | trainable | a step, s | compared with pt | peak of a step, MB | one text, ms |",
+             "|" + " --- |" * 6]
     for method, times in answers.items():
         cells = ["no prompt", "0", "", "", ""]
         if method:
@@ -88,7 +85,7 @@ def costs(args: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser("costs", argparse.SUPPRESS, __doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
     parser.add_argument("--data", required=True)
@@ -99,8 +96,7 @@ def main() -> None:
     try:
         print(peak_of_a_step(args) if args.peak else costs(args))
     except (ValueError, OSError) as error:
-        print(f"costs: error: {short(error, 300)}", file=sys.stderr)
-        sys.exit(2)
+        parser.error(short(error, 300))
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ from matplotlib.figure import Figure
 
 import data
 import train
-from experiments.compare import TRAINED
 
 ROOT = Path(train.__file__).parent
+RUN = "sst2-{}-tiny-seed0"               # folder of a run
 SENTENCES = ["the plot is very witty", "the plot is very dull", "the plot is not dull"]
 COLOURS = {"lopa": "#b3541e", "pt": "#1f5fa8", "idpg": "#2e7d5b", "lora": "#777777"}
 ROW_STYLES = {"pt": "o-", "idpg": "^-", "lopa": "D-", "lora": "s-"}
@@ -37,10 +37,6 @@ def lines_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def run_folder(runs: Path, method: str) -> Path:
-    return runs / f"sst2-{method}-tiny-seed0"
-
-
 def accuracy_against_parameters(folder: Path) -> Figure:
     by_method = {}
     for run in lines_of(folder / "sst2-compare-tiny" / "runs.jsonl")[1:]:
@@ -50,13 +46,13 @@ def accuracy_against_parameters(folder: Path) -> Figure:
     for method, runs in by_method.items():
         scores = [run["accuracy"] for run in runs]
         size, mean = runs[0]["trainable_parameters"], statistics.mean(scores)
-        server = "server" in TRAINED[method]
+        server = method in ("lora", "full")
         spread = statistics.stdev(scores) if len(scores) > 1 else 0
         axes.errorbar(size, mean, spread, fmt="s" if server else "o", capsize=3,
                       color=COLOURS["lopa"] if method == "lopa" else "#777777" if server else COLOURS["pt"])
         axes.annotate(method, (size, mean), xytext={"bpt": (7, -11), "lopa": (-10, -16)}.get(method, (7, 4)),
                       textcoords="offset points")
-    zero_shot = json.loads((run_folder(folder, "lopa") / "result.json").read_text())["zero_shot"]
+    zero_shot = json.loads((folder / RUN.format("lopa") / "result.json").read_text())["zero_shot"]
     axes.axhline(zero_shot, color="#777777", linewidth=0.8, linestyle="--")
     axes.text(0.99, zero_shot, "zero-shot", color="#555555", fontsize=9, ha="right", va="bottom",
               transform=axes.get_yaxis_transform())
@@ -68,7 +64,7 @@ def accuracy_against_parameters(folder: Path) -> Figure:
 def training_curves(folder: Path) -> Figure:
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2))
     for method, name in (("lopa", "LoPA"), ("pt", "prompt tuning")):
-        epochs = lines_of(run_folder(folder, method) / "metrics.jsonl")[1:]
+        epochs = lines_of(folder / RUN.format(method) / "metrics.jsonl")
         for panel, quantity in zip(axes, ("loss", "accuracy")):
             panel.plot([line["epoch"] for line in epochs], [line[quantity] for line in epochs], "o-",
                        markersize=3, color=COLOURS[method], label=name)
@@ -82,7 +78,7 @@ def adapted(folder: Path) -> tuple[train.Adapted, torch.Tensor, torch.Tensor]:
     """(adapted model, h of SENTENCES, probabilities), from a run's folder"""
     adapter = train.load_state(folder / "adapter.pt")
     config = train.Config(**adapter["config"] | dict(device="cpu", cache=str(ROOT / ".cache"), quiet=True))
-    gpt, encoder, tokenizer, _ = train.load_frozen(config)
+    gpt, encoder, tokenizer = train.load_frozen(config)
     task = data.Task(**adapter["task"])
     model = train.restore(adapter, gpt, encoder, data.label_tokens(task, tokenizer))
     split = data.encode(task, [({"sentence": sentence}, 0) for sentence in SENTENCES], tokenizer, 100)
@@ -92,7 +88,7 @@ def adapted(folder: Path) -> tuple[train.Adapted, torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def gates(folder: Path) -> Figure:
-    model, instances, probabilities = adapted(run_folder(folder, "lopa"))
+    model, instances, probabilities = adapted(folder / RUN.format("lopa"))
     U, V = model.prompt.factors(instances)
     figure, axes = plt.subplots(len(SENTENCES), 1, figsize=(8, 5.2), layout="constrained")
     images = torch.sigmoid(U @ V.transpose(1, 2))                      # (3, m, d)
@@ -108,13 +104,13 @@ def gates(folder: Path) -> Figure:
 
 @torch.no_grad()
 def singular_values(folder: Path) -> Figure:
-    model, instances, _ = adapted(run_folder(folder, "lopa"))
+    model, instances, _ = adapted(folder / RUN.format("lopa"))
     U, V = model.prompt.factors(instances)
     figure, axes = plt.subplots(figsize=(5.5, 3.4))
     for name, matrix, style in [
         ("Z_I = U Vᵀ of one sentence", U[2] @ V[2].T, "o-"),
         ("Z of the same sentence", model.prompt.prompt(instances)[2], "s-"),
-        ("the prompt of prompt tuning", adapted(run_folder(folder, "pt"))[0].prompt.soft_prompt, "^-"),
+        ("the prompt of prompt tuning", adapted(folder / RUN.format("pt"))[0].prompt.soft_prompt, "^-"),
     ]:
         values = torch.linalg.svdvals(matrix)
         axes.plot(range(1, len(values) + 1), values / values[0], style, markersize=4, label=name)
@@ -124,7 +120,7 @@ def singular_values(folder: Path) -> Figure:
 
 
 def accuracy_against_rows(_: Path) -> Figure:
-    """On SmolLM2-135M and real SST-2, from the committed runs of compare: at the rate that was chosen first."""
+    """On SmolLM2-135M and real SST-2, from compare's committed runs: at the rate that was chosen first."""
     scores, steps, rate = {}, {}, {}                       # of (method, rows to train on); of rows; as scores
     for name in ("smollm2-sst2-250", "smollm2-sst2", "smollm2-sst2-4000"):
         for run in lines_of(ROOT / "experiments" / "results" / name / "runs.jsonl")[1:]:

@@ -4,7 +4,6 @@
 """
 
 import argparse
-import sys
 from dataclasses import replace
 
 import torch
@@ -12,6 +11,7 @@ import torch
 import data
 import train
 from experiments import any_model
+from model import short
 
 TEMPLATES = {"sst2": [("{sentence} . It was", " terrible", " great"),
                       ("{sentence} . All in all , the film is", " bad", " good"),
@@ -25,7 +25,7 @@ TEMPLATES = {"sst2": [("{sentence} . It was", " terrible", " great"),
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser("templates", argparse.SUPPRESS, __doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
     parser.add_argument("--data", required=True)
@@ -35,14 +35,13 @@ def main() -> None:
     try:
         scores(args)
     except (ValueError, OSError) as error:
-        print(f"templates: error: {data.short(error, 300)}", file=sys.stderr)
-        sys.exit(2)
+        parser.error(short(error, 300))
 
 
 def scores(args: argparse.Namespace) -> None:
     """Print the table, row by row."""
     config = train.Config(task="sst2", model=args.folder, dtype=args.dtype, max_train=args.rows, device="cpu")
-    gpt, tokenizer, _ = any_model.load_model(args.folder, config)      # once: it does not depend on the task
+    gpt, tokenizer = any_model.load_model(args.folder, config)      # once: it does not depend on the task
     print("| task | template | label words | accuracy on training rows |\n| --- | --- | --- | --- |")
     for name, templates in TEMPLATES.items():
         rows, _, _ = data.load_task(name, args.data, args.rows)

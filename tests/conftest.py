@@ -1,23 +1,62 @@
-"""The tiny GPT that the tests share: pre-trained once, about 20 s, then read from the cache as any run reads it."""
+"""What the tests share: the tiny GPT, pre-trained once (about 20 s) and then read from the cache, and runs of train.py."""
 
+import functools
+import json
 import signal
 from pathlib import Path
 
 import pytest
 
+import data
 import train
 from model import InstanceEncoder
+
+CACHE = Path(train.__file__).parent / ".cache"
+
 
 def pytest_configure(config):
     signal.signal(signal.SIGINT, signal.default_int_handler)           # ignored where a shell runs us in the background
     config.addinivalue_line("markers", "slow: takes seconds; left out by -m 'not slow'")
-
-
-CACHE = Path(train.__file__).parent / ".cache"
+    for name in ("pretraining_text", "tiny_tokenizer"):                # the same in every run of this process
+        setattr(data, name, functools.cache(getattr(data, name)))
 
 
 @pytest.fixture(scope="session")
 def tiny():
     """(frozen tiny GPT, its tokenizer)"""
-    gpt, tokenizer, _ = train.tiny_gpt(seed=0, cache_dir=CACHE, device="cpu")
+    gpt, tokenizer = data.tiny_gpt(0, CACHE)
     return InstanceEncoder(gpt).gpt, tokenizer
+
+
+@pytest.fixture(scope="session")
+def quickstart(tiny, tmp_path_factory):
+    """(folder, result) of the first command of README.md, as it is: 10 s."""
+    folder = tmp_path_factory.mktemp("quickstart") / "run"
+    train.main(["--task", "sst2", "--out", str(folder)])
+    return folder, json.loads((folder / "result.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def glue(tmp_path_factory):
+    """A folder for --data: of the sample's training rows 80 to train on, 40 of them to score."""
+    folder = tmp_path_factory.mktemp("glue")
+    (folder / "SST-2").mkdir()
+    rows = [f"{fields['sentence']}\t{label}\n" for fields, label in data.sst2_sample()[0][:80]]
+    for name, some in (("train", rows), ("dev", rows[:40])):
+        (folder / "SST-2" / f"{name}.tsv").write_text("sentence\tlabel\n" + "".join(some))
+    return folder
+
+
+@pytest.fixture
+def refused(capsys):
+    """A function: run the command line, which has to end with exit code 2 and one line of error; returns that line."""
+    def run(*argv):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            train.main([str(word) for word in argv])
+        _, error = capsys.readouterr()
+        assert stop.value.code == 2 and error.startswith("train.py: error: ")
+        assert error.count("\n") == 1 and error.endswith("\n") and len(error) < 700
+        return error
+
+    return run

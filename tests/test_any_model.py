@@ -1,4 +1,5 @@
 """experiments/any_model.py: models of Transformers behind the interface of model.GPT, and train.py on one of them."""
+
 import dataclasses
 import importlib
 import json
@@ -16,8 +17,8 @@ import safetensors.torch
 
 import data
 import train
-from experiments import any_model, compare, last_token
-from lopa import add_lora, get_nb_trainable_parameters, merge_lora
+from experiments import any_model, compare
+from lopa import add_lora
 from model import InstanceEncoder
 
 SIZES = dict(vocab_size=50, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=40,
@@ -25,7 +26,8 @@ SIZES = dict(vocab_size=50, hidden_size=24, num_hidden_layers=3, num_attention_h
 CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**SIZES, num_key_value_heads=2),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**SIZES),
-    "opt": lambda: transformers.OPTConfig(**SIZES | dict(tie_word_embeddings=True), ffn_dim=40, word_embed_proj_dim=16, init_std=0.3),
+    "opt": lambda: transformers.OPTConfig(**SIZES | dict(tie_word_embeddings=True), ffn_dim=40, word_embed_proj_dim=16,
+                                          init_std=0.3),
     "qwen2": lambda: transformers.Qwen2Config(**SIZES, num_key_value_heads=2),
     "gpt2": lambda: transformers.GPT2Config(vocab_size=50, n_embd=24, n_layer=3, n_head=4, n_positions=64, initializer_range=0.3),
 }
@@ -59,8 +61,7 @@ def test_logits_are_transformers_own(pair):
 def test_padding_on_the_right_changes_nothing(pair):
     ours, theirs = pair
     tokens, lengths = torch.randint(50, (4, 9)), torch.tensor([9, 4, 1, 6])
-    hidden = ours.hidden_at(ours.embed(tokens), lengths - 1)
-    for row, length, state in zip(tokens, lengths, hidden):
+    for row, length, state in zip(tokens, lengths, ours.hidden_at(ours.embed(tokens), lengths - 1)):
         assert torch.allclose(ours.logits(state), theirs(row[None, :length]).logits[0, -1], atol=1e-5)
 
 
@@ -87,7 +88,7 @@ def test_hidden_after_some_blocks_is_transformers_own(pair):
     assert InstanceEncoder(ours).num_blocks == 2
 
 
-def test_lora_finds_the_attention_projections_starts_as_the_model_and_merges(pair):
+def test_lora_finds_the_attention_projections_and_starts_as_the_model(pair):
     ours, theirs = pair
     tokens = torch.randint(50, (2, 8))
     expected = theirs(tokens).logits
@@ -97,10 +98,7 @@ def test_lora_finds_the_attention_projections_starts_as_the_model_and_merges(pai
     assert {re.search(r"\.(\d)\.", name)[1] for name in trained} == set("012")     # something in every block
     for p in trained.values():
         p.data.normal_(std=0.2)
-    adapted = ours(tokens)
-    assert not torch.allclose(adapted, expected, atol=1e-2)
-    merge_lora(ours)
-    assert torch.allclose(ours(tokens), adapted, atol=1e-4) and get_nb_trainable_parameters(ours)[0] == 0
+    assert not torch.allclose(ours(tokens), expected, atol=1e-2)
 
 
 WINDOWED = {                                                          # what padding amid a text would disturb
@@ -134,8 +132,6 @@ def test_a_model_that_does_more_to_its_logits_is_refused():
         any_model.AnyModel(transformers.AutoModelForCausalLM.from_config(config))
 
 
-# --- the command line -------------------------------------------------------------------------------------------
-
 REVIEWS = ["a great film", "a terrible film", "great acting", "terrible acting", "a great plot and a great cast",
            "a terrible plot", "the cast is great", "the cast is terrible"]
 
@@ -163,30 +159,24 @@ def folders(tmp_path_factory):
 @pytest.fixture
 def untouched(monkeypatch):
     """What the programs put in train's place is taken out again."""
-    for name in ("load_model", "InstanceEncoder", "COMMAND"):
+    for name in ("load_model", "COMMAND"):
         monkeypatch.setattr(train, name, getattr(train, name))
 
 
 @pytest.fixture
 def command(folders, tmp_path, monkeypatch, untouched):
     monkeypatch.chdir(tmp_path)
-    folder, glue = folders
-    task = [folder, "--task", "sst2", "--data", glue, "--epochs", 2, "--batch-size", 4]
+    task = [folders[0], "--task", "sst2", "--data", folders[1], "--epochs", 2, "--batch-size", 4]
 
-    def command(*flags):
-        any_model.main([str(flag) for flag in (flags if "--adapter" in flags or "--resume" in flags else [*task, *flags])])
-
-    return command
+    return lambda *flags: any_model.main([str(flag) for flag in (
+        flags if "--adapter" in flags or "--resume" in flags else [*task, *flags])])
 
 
 @pytest.mark.parametrize("flags", ["--method lopa", "--method lora", "--method idpg --encoder-blocks 0", "--method full",
-                                   "--tune-encoder", "--control blind", "--dtype bfloat16", "--method adept"])
+                                   "--tune-encoder", "--dtype bfloat16", "--method adept"])
 def test_train_py_runs_on_it_and_predicts_from_the_adapter_alone(command, capsys, flags):
     command(*flags.split(), "--out", "run", "--quiet")
-    result = json.loads(capsys.readouterr().out)
-    assert result["num_scored"] == 8 and 0 <= result["accuracy"] <= 1
-    if "control" in flags:
-        return
+    assert json.loads(capsys.readouterr().out)["accuracy"] in [i / 8 for i in range(9)]
     command("--adapter", "run", "--predict", "a great film")
     header, line = capsys.readouterr().out.splitlines()
     assert header == "label\tnegative\tpositive\tsentence" and line.endswith("\ta great film")
@@ -199,7 +189,7 @@ def test_a_task_with_answers_runs_on_it_and_predicts(command, folders, tmp_path,
     rows = [dict(code=f"f = {i}", input=str(i), output=f"[{i}]", id=i) for i in range(8)]
     (tmp_path / "cruxeval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command("--task", "cruxeval_o", "--data", tmp_path, *flags.split(), "--out", "run", "--quiet")
-    assert json.loads(capsys.readouterr().out)["num_scored"] == 4
+    assert json.loads(capsys.readouterr().out)["accuracy"] in [i / 4 for i in range(5)]
     assert len((tmp_path / "run" / "completions.jsonl").read_text().splitlines()) == 4
     command("--adapter", "run", "--predict", "f = 1\t1")
     header, line = capsys.readouterr().out.splitlines()
@@ -208,50 +198,27 @@ def test_a_task_with_answers_runs_on_it_and_predicts(command, folders, tmp_path,
 
 def test_it_goes_on_where_it_was_interrupted(command, capsys, monkeypatch):
     command("--out", "whole", "--quiet")
-    save = train.save_checkpoint
+    save = train.save
 
-    def save_once(folder, state):
-        save(folder, state)
+    def save_once(path, content):
+        save(path, content)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(train, "save_checkpoint", save_once)
+        patch.setattr(train, "save", save_once)
         command("--out", "cut", "--quiet")
-    assert not os.path.exists("cut/adapter.pt")
+    assert "to go on: python -m experiments.any_model --resume cut" in capsys.readouterr().err
     command("--resume", "cut", "--quiet")
     tensors = [torch.load(f"{name}/adapter.pt", weights_only=True)["tensors"] for name in ("whole", "cut")]
     assert all(torch.equal(tensors[1][name], tensor) for name, tensor in tensors[0].items())
 
 
-@pytest.mark.parametrize("num_blocks", [0, 2])
-def test_h_of_the_last_token_is_that_of_each_text_alone(pair, num_blocks):
-    ours, theirs = pair
-    if num_blocks and ours.config.n_embd == 16:
-        pytest.skip("this OPT is wider between its blocks: no h but of the embeddings")
-    tokens, lengths = torch.randint(50, (3, 9)), torch.tensor([9, 1, 6])
-    encoder = last_token.LastToken(ours, num_blocks)
-    h = encoder.fit(encoder(tokens, lengths))
-    expected = []
-    for row, length in zip(tokens, lengths):
-        alone = theirs.get_input_embeddings()(row[:length])
-        if num_blocks:
-            alone = theirs(row[None, :length], output_hidden_states=True).hidden_states[num_blocks][0]
-        expected.append(torch.nn.functional.layer_norm(alone[-1], alone[-1].shape))
-    expected = torch.stack(expected)
-    assert torch.allclose(h, (expected - expected.mean(dim=0)) / expected.std(dim=0), atol=1e-3)
-    assert torch.allclose(h, encoder(tokens, lengths), atol=1e-6)      # as it was fitted
-
-
-def test_last_token_is_a_study_of_its_own(folders, tmp_path, monkeypatch, untouched):
-    monkeypatch.chdir(tmp_path)
-    encoders = []
-    monkeypatch.setattr(train, "fit", lambda config, model, problem: encoders.append(problem.encoder) or [
-        dict(epoch=1, loss=1.0, accuracy=0.5, seconds=1.0)])
+def test_a_study_of_compare_runs_on_it(folders, tmp_path, monkeypatch, untouched):
     folder, glue = map(str, folders)
-    last_token.main([folder, "--task", "sst2", "--data", glue, "--seeds", "0,1", "--methods", "lopa"])
-    about, _, *lines = compare.read_lines(next(tmp_path.glob("runs/sst2-last-token-*/runs.jsonl")))
-    assert about["study"] == "last-token" and len(lines) == 3 + 2
-    assert {type(encoder) for encoder in encoders} == {last_token.LastToken}
+    flags = ["--methods", "lopa,lopa-blind", "--seeds", "0", "--rates", "default", "--epochs", "1", "--out", str(tmp_path)]
+    any_model.main(["compare", folder, "--task", "sst2", "--data", glue, *flags])
+    about, _, *lines = compare.read_lines(tmp_path / "runs.jsonl")
+    assert about["model"] == folder and [line["row"] for line in lines] == ["lopa", "lopa-blind"]
 
 
 @pytest.mark.parametrize("method", ["pt", "lopa", "idpg", "dept", "adept"])
@@ -271,14 +238,10 @@ def test_a_prompt_starts_from_the_words_that_are_given(folders, untouched, metho
     ("any_model empty --task sst2 --data GLUE", "empty: Transformers cannot read a model and its tokenizer there: "),
     ("any_model cut --task sst2 --data GLUE", "cut: Transformers cannot read a model and its tokenizer there: "),
     ("any_model without --task sst2 --data GLUE", "without lacks 2 of the model's tensors, model.layers.1."),
-    ("last_token", "argument --model: expected one argument"),
-    ("last_token nowhere --task sst2", "there is no model nowhere"),
-    ("last_token MODEL --task sst2 --data GLUE --seeds -1", "--seed: -1 is not between"),
-    ("templates nowhere --data GLUE", "there is no model nowhere"),
+    ("any_model compare nowhere --task sst2 --data GLUE", "nowhere is no folder"),
+    ("templates nowhere --data GLUE", "nowhere is no folder"),
     ("templates MODEL --data nowhere", "nowhere/SST-2/train.tsv not found"),
     ("templates MODEL --data GLUE --rows 0", "--max-train: 0 is not between"),
-    ("templates MODEL --data GLUE --dtype float17", "--dtype: 'float17' is none of float32, bfloat16"),
-    ("costs nowhere --data GLUE", "there is no model nowhere"),
     ("costs MODEL --data nowhere", "nowhere/SST-2/train.tsv not found"),
 ])
 def test_bad_input_gets_one_line(folders, tmp_path, monkeypatch, capsys, untouched, command, message):
@@ -290,14 +253,12 @@ def test_bad_input_gets_one_line(folders, tmp_path, monkeypatch, capsys, untouch
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     kept = safetensors.torch.load_file(folder / "model.safetensors")
-    for part in ("gate", "up"):
-        del kept[f"model.layers.1.mlp.{part}_proj.weight"]
+    kept = {name: tensor for name, tensor in kept.items() if "layers.1.mlp.gate" not in name and "layers.1.mlp.up" not in name}
     safetensors.torch.save_file(kept, tmp_path / "without" / "model.safetensors", {"format": "pt"})
     program, *flags = command.replace("MODEL", str(folder)).replace("GLUE", str(glue)).split()
-    module = importlib.import_module(f"experiments.{program}")
     monkeypatch.setattr(sys, "argv", [program, *flags])
     with pytest.raises(SystemExit) as stop:
-        module.main(*[flags] if program in ("any_model", "last_token") else [])
+        importlib.import_module(f"experiments.{program}").main(*[flags] if program == "any_model" else [])
     line, = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and f"error: {message}" in line
 

@@ -1,15 +1,15 @@
 """model.py against a GPT-2 written out in float64, and against what padding and batching must not change."""
 
-import ast
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import model
+from data import Encoded
+from lopa import METHODS, get_nb_trainable_parameters
 from model import GPT, GPTConfig, InstanceEncoder, cosine_factor, pretrain
+from train import Adapted, Config, loss_of
 
 
 @pytest.fixture
@@ -54,24 +54,10 @@ def naive_gpt2(weights, config, tokens):
     return norm(x, "ln_f") @ weights["wte.weight"].T
 
 
-def test_model_needs_torch_and_the_standard_library_alone():
-    tree = ast.parse(Path(model.__file__).read_text())
-    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import)]
-    names = {alias.name for node in imports for alias in node.names}
-    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert {name.split(".")[0] for name in names} <= sys.stdlib_module_names | {"torch"}
-
-
 def test_logits_equal_a_gpt2_written_out_from_its_definition(gpt):
     tokens, _ = tokens_of(9, 9)
     for row, logits in zip(tokens, gpt(tokens)):
         assert torch.allclose(logits, naive_gpt2(gpt.state_dict(), gpt.config, row.tolist()), atol=1e-10)
-
-
-def test_the_three_parts_make_the_whole_and_logits_can_be_taken_anywhere(gpt):
-    tokens, _ = tokens_of(7, 7)
-    hidden = gpt.hidden(gpt.embed(tokens))
-    assert torch.allclose(gpt(tokens)[:, 4], gpt.logits(hidden[:, 4]), atol=1e-12)
 
 
 @pytest.mark.parametrize("only", [[7, 2], [30], [4, 4, 0]])
@@ -95,125 +81,75 @@ def test_the_states_at_one_position_are_those_of_the_whole_forward_pass(gpt):
     assert torch.allclose(*gradients, atol=1e-12)
 
 
-def test_for_one_position_per_row_the_last_mlp_works_on_that_alone(gpt):
-    shapes = []
-    for block in gpt.h:
-        block.mlp.register_forward_hook(lambda mlp, inputs, output: shapes.append(inputs[0].shape[:-1]))
-    gpt.hidden_at(gpt.embed(tokens_of(4, 9)[0]), torch.tensor([3, 8]))
-    assert shapes == [(2, 9), (2, 9), (2,)]
-
-
-def test_the_model_is_causal(gpt):
+def test_the_model_is_causal_so_padding_on_the_right_changes_nothing(gpt):
     tokens, _ = tokens_of(10)
     changed = tokens.clone()
     changed[0, 6] = (changed[0, 6] + 1) % 31
     before, after = gpt(tokens)[0], gpt(changed)[0]
     assert torch.equal(before[:6], after[:6])
     assert not torch.allclose(before[6:], after[6:])
-
-
-def test_right_padding_does_not_change_what_stands_before_it(gpt):
-    tokens, _ = tokens_of(10)
     padded = torch.cat([tokens, torch.randint(31, (1, 5))], dim=1)
     assert torch.allclose(gpt(tokens), gpt(padded)[:, :10], atol=1e-12)
 
 
-def test_an_input_longer_than_the_context_is_refused_with_both_numbers(gpt):
-    with pytest.raises(ValueError, match="25 tokens > context 24"):
-        gpt(tokens_of(25)[0])
-
-
-def test_module_names_are_gpt2s():
-    names = set(GPT(GPTConfig(8, 4, 4, 1, 1)).state_dict())
-    block = {f"h.0.{part}.{kind}" for kind in ("weight", "bias")
-             for part in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")}
-    assert names == block | {"wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias"}
-
-
-def test_gpt2_small_has_its_published_124_million_parameters():
+@pytest.mark.parametrize("method, tune_encoder", [
+    *((method, False) for method in (*METHODS, "lora", "full")), ("lopa", True), ("idpg", True)])
+def test_every_module_runs_whole_on_the_device_that_its_inputs_are_on(method, tune_encoder):
+    """On the meta device, without a GPU: a tensor made on another one, or a number asked of the device, is an error there."""
     with torch.device("meta"):
-        assert sum(p.numel() for p in GPT(GPTConfig()).parameters()) == 124_439_808
-
-
-def test_a_fingerprint_tells_models_apart(gpt):
-    before = gpt.fingerprint()
-    assert before == gpt.fingerprint()
-    gpt.wpe.weight[0, 0] += 1e-3
-    assert gpt.fingerprint() != before
+        gpt, label_ids = GPT(GPTConfig()), torch.empty(2, dtype=torch.long)            # GPT-2 small
+        tokens, lengths, labels = torch.empty(3, 20).long(), torch.empty(3).long(), torch.empty(3).long()
+    encoder = InstanceEncoder(gpt)
+    adapted = Adapted(Config("sst2", method, init_std=0.1, tune_encoder=tune_encoder), gpt, encoder, label_ids)
+    batch = Encoded(tokens, lengths, labels, instances=encoder(tokens, lengths))
+    assert adapted(tokens, lengths, batch.instances).shape == (3, 2)
+    loss = loss_of(adapted, batch)
+    loss.backward()
+    assert loss.is_meta and adapted.trained() and all(p.grad.is_meta for p in adapted.trained().values())
+    if not tune_encoder and method not in METHODS:     # the prompts' counts: test_lopa.py
+        assert get_nb_trainable_parameters(adapted)[0] == {"lora": 12 * 3 * 2 * 768 * 4, "full": 124_439_808}[method]
+    if tune_encoder:                                   # the embeddings and half of the blocks
+        assert get_nb_trainable_parameters(adapted.encoder)[0] == (50257 + 1024 + 6 * (12 * 768 + 13)) * 768
 
 
 # --- the instance encoder ----------------------------------------------------------------------------------
 
 
-def test_the_instance_embedding_is_the_mean_over_real_tokens_half_way_up(gpt):
-    tokens, lengths = tokens_of(4, 7, 1)
-    h = InstanceEncoder(gpt)(tokens, lengths)
-    for i, length in enumerate(lengths.tolist()):
-        x = gpt.wte.weight[tokens[i, :length]] + gpt.wpe.weight[:length]
-        for block in (gpt.h[0], gpt.h[1]):             # two of three blocks
+@pytest.mark.parametrize("num_blocks, read", [(None, 2), (0, 0), (1, 1), (3, 3)])
+def test_the_instance_embedding_is_the_mean_over_real_tokens_after_half_or_any_number_of_blocks(gpt, num_blocks, read):
+    tokens, lengths = tokens_of(4, 7, 1, pad_to=15)
+    h = InstanceEncoder(gpt, num_blocks)(tokens, lengths)
+    for i, length in enumerate(lengths.tolist()):      # alone and without padding
+        x = gpt.wte.weight[tokens[i, :length]] + (gpt.wpe.weight[:length] if read else 0)
+        for block in gpt.h[:read]:
             x = block(x[None])[0]
         normed = [(row - row.mean()) / torch.sqrt(row.var(unbiased=False) + 1e-5) for row in x]
         assert torch.allclose(h[i], sum(normed) / length, atol=1e-12)
 
 
-@pytest.mark.parametrize("num_blocks", [1, 2, 3])
-def test_the_instance_embedding_can_be_read_after_any_number_of_blocks(gpt, num_blocks):
-    tokens, lengths = tokens_of(4, 7, 1)
-    h = InstanceEncoder(gpt, num_blocks)(tokens, lengths)
-    for i, length in enumerate(lengths.tolist()):
-        states = gpt.hidden(gpt.embed(tokens[i:i + 1, :length]), num_blocks=num_blocks)[0]
-        normed = [(row - row.mean()) / torch.sqrt(row.var(unbiased=False) + 1e-5) for row in states]
-        assert torch.allclose(h[i], sum(normed) / length, atol=1e-12)
+def test_after_no_block_the_instance_embedding_is_a_bag_of_words_and_after_one_it_is_not(gpt):
+    tokens, lengths = tokens_of(7)
+    bag, ordered, mixed = InstanceEncoder(gpt, 0), InstanceEncoder(gpt, 1), tokens[:, torch.randperm(7)]
+    assert torch.allclose(bag(mixed, lengths), bag(tokens, lengths), atol=1e-12)
+    assert not torch.allclose(ordered(mixed, lengths), ordered(tokens, lengths), atol=1e-3)
 
 
-def test_after_no_block_the_instance_embedding_is_a_bag_of_words(gpt):
-    tokens, lengths = tokens_of(4, 7, 1)
-    encoder = InstanceEncoder(gpt, 0)
-    h = encoder(tokens, lengths)
-    for i, length in enumerate(lengths.tolist()):
-        total = [0.0] * 12
-        for token in tokens[i, :length].tolist():
-            x = gpt.wte.weight[token].tolist()
-            mean = sum(x) / 12
-            deviation = math.sqrt(sum((value - mean) ** 2 for value in x) / 12 + 1e-5)
-            total = [before + (value - mean) / deviation for before, value in zip(total, x)]
-        assert h[i].tolist() == pytest.approx([value / length for value in total], abs=1e-12)
-    mixed = tokens[1:2, torch.randperm(7)]
-    assert not torch.equal(mixed, tokens[1:2])
-    assert torch.allclose(encoder(mixed, lengths[1:2])[0], h[1], atol=1e-12)
-    ordered = InstanceEncoder(gpt, 1)                                  # after one block it does depend on the order
-    assert not torch.allclose(ordered(mixed, lengths[1:2]), ordered(tokens[1:2], lengths[1:2]), atol=1e-3)
+def test_more_blocks_than_there_are_are_refused_with_both_numbers(gpt):
+    with pytest.raises(ValueError, match="the encoder has 3 blocks, h cannot be read after 4: name 0 to 3"):
+        InstanceEncoder(gpt, 4)
 
 
-@pytest.mark.parametrize("num_blocks", [4, 1000, -1])
-def test_more_blocks_than_there_are_are_refused_with_both_numbers(gpt, num_blocks):
-    with pytest.raises(ValueError, match=f"the encoder has 3 blocks, h cannot be read after {num_blocks}: name 0 to 3"):
-        InstanceEncoder(gpt, num_blocks)
-
-
-@pytest.mark.parametrize("num_blocks", [None, 0, 3])
-def test_padding_and_batching_do_not_change_the_instance_embedding(gpt, num_blocks):
-    encoder = InstanceEncoder(gpt, num_blocks)
-    tokens, lengths = tokens_of(4, 7, 1, pad_to=15)
-    batch = encoder(tokens, lengths)
-    for i, length in enumerate(lengths.tolist()):
-        alone = encoder(tokens[i:i + 1, :length], lengths[i:i + 1])
-        assert torch.allclose(batch[i:i + 1], alone, atol=1e-12)
-
-
-def test_fitting_standardises_every_feature_over_the_training_split(gpt):
+def test_the_encoder_freezes_its_model_and_standardises_every_feature_over_the_training_split(gpt):
+    gpt.train().requires_grad_(True)
     encoder = InstanceEncoder(gpt)
+    assert not gpt.training and not any(p.requires_grad for p in gpt.parameters())
     tokens, lengths = tokens_of(*range(1, 13))
     fitted = encoder.fit(encoder(tokens, lengths))
     assert torch.allclose(fitted.mean(dim=0), torch.zeros(12, dtype=torch.float64), atol=1e-12)
     assert torch.allclose(fitted.std(dim=0), torch.ones(12, dtype=torch.float64), atol=1e-12)
     assert torch.allclose(encoder(tokens, lengths), fitted, atol=1e-12)
-
-
-def test_the_encoder_freezes_its_model():
-    gpt = GPT(GPTConfig(8, 4, 4, 1, 1))
-    InstanceEncoder(gpt)
-    assert not gpt.training and not any(p.requires_grad for p in gpt.parameters())
+    with pytest.raises(ValueError, match="1 training row"):            # whose deviation nobody knows
+        encoder.fit(encoder(tokens[:1], lengths[:1]))
 
 
 # --- pre-training ------------------------------------------------------------------------------------------

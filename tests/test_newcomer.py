@@ -1,5 +1,8 @@
 """What somebody types first: sentences written by hand, answered by the adapter that the quickstart leaves."""
 
+import io
+import sys
+
 import pytest
 
 import data
@@ -42,11 +45,11 @@ the villain is very weak""".splitlines()
 
 
 @pytest.mark.slow
-def test_the_quickstarts_adapter_answers_what_a_newcomer_types(tiny, tmp_path, capsys):
-    train.main(["--task", "sst2", "--out", str(tmp_path / "run")])
-    (tmp_path / "texts").write_text("\n".join(POSITIVE + NEGATIVE))
+def test_the_quickstarts_adapter_answers_what_a_newcomer_types(tiny, quickstart, monkeypatch, capsys):
+    texts = "\n".join(POSITIVE + NEGATIVE).encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(texts)))
     capsys.readouterr()
-    train.main(["--adapter", str(tmp_path / "run"), "--predict", str(tmp_path / "texts")])
+    train.main(["--adapter", str(quickstart[0]), "--predict", "-"])
     printed = capsys.readouterr()
     answers = [line.split("\t")[0] for line in printed.out.splitlines()[1:]]
     wrong = [text for text, answer, wanted in zip(POSITIVE + NEGATIVE, answers, ["positive"] * 18 + ["negative"] * 16)

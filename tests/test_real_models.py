@@ -28,7 +28,7 @@ def save_gpt2(folder, vocab_size, n_embd=16, n_positions=64):
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
-    """A folder with the models gpt and other, and with small sst2, mrpc and mnli files; a tokenizer that knows them."""
+    """A folder with the models gpt and other, and with small sst2 and mnli files; a tokenizer that knows them."""
     words = "It was great terrible Answer: No Yes Maybe ? . good bad film day"
     tokenizer = data.learn_tokenizer(words)
     monkeypatch.setattr(data, "gpt2_tokenizer", lambda: tokenizer)
@@ -36,7 +36,6 @@ def world(tmp_path, monkeypatch):
     save_gpt2(tmp_path / "other", tokenizer.n_vocab, n_embd=8)
     for folder, header, rows, splits in [
         ("SST-2", "sentence\tlabel", ["a good film\t1", "a bad day\t0"], ["dev"]),
-        ("MRPC", "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", ["1\t1\t2\tgood day\tgood film", "0\t3\t4\tbad\tgood"], ["dev"]),
         ("MNLI", "sentence1\tsentence2\tgold_label", ["good\tbad\tcontradiction", "day\tfilm\tneutral", "a\ta\tentailment"],
          ["dev_matched", "dev_mismatched"]),
     ]:
@@ -57,12 +56,14 @@ def count(d, d_h, m=10, r=4, H=256):
 
 @pytest.mark.parametrize("flags, trainable", [
     ("", count(16, 16)),
+    ("--encoder other", count(16, 8)),                 # of another width
     ("--dtype bfloat16", count(16, 16)),
     ("--dtype bfloat16 --method lora", 2 * 3 * 2 * 16 * 4),
     # wte, wpe and the first of two blocks: what the instance embedding is computed from
     ("--tune-encoder", count(16, 16) + (269 + 64) * 16 + 12 * 16 * 16 + 13 * 16),
 ])
-def test_a_folder_of_gpt2_weights_is_trained_on_counted_and_predicted_with(world, capsys, flags, trainable):
+def test_a_folder_of_gpt2_weights_is_trained_on_counted_and_predicted_with(world, monkeypatch, capsys, flags, trainable):
+    monkeypatch.chdir(world)                           # where the folder `other` is
     trainable += (data.gpt2_tokenizer().n_vocab - 269) * 16 if "tune" in flags else 0
     result = run(world, "--task", "sst2", *flags.split())
     assert result["trainable_parameters"] == trainable
@@ -72,60 +73,12 @@ def test_a_folder_of_gpt2_weights_is_trained_on_counted_and_predicted_with(world
     assert capsys.readouterr().out.splitlines()[1].startswith(("positive\t", "negative\t"))
 
 
-def test_the_encoder_can_be_another_model_of_another_width(world, capsys):
-    result = run(world, "--task", "sst2", "--encoder", str(world / "other"))
-    assert result["trainable_parameters"] == count(16, 8)
-    train.main(["--adapter", str(world / "run"), "--predict", "a good film"])
-
-
-def test_tasks_with_f1_and_with_two_dev_sets_report_them(world):
-    result = run(world, "--task", "mrpc")
-    assert 0 <= result["f1"] <= 1
-    result = run(world, "--task", "mnli", "--out", str(world / "mnli"))
-    result = json.loads((world / "mnli/result.json").read_text())
-    assert result["scored_on"] == "dev_matched" and 0 <= result["accuracy_dev_mismatched"] <= 1
-
-
-@pytest.mark.parametrize("task, splits", [("mrpc", ["train", "dev"]), ("mnli", ["train", "dev_matched", "dev_mismatched"])])
-def test_shuffled_instances_are_what_every_split_and_score_sees(world, monkeypatch, task, splits):
-    def fit(config, model, problem, folder=None, state=None):
-        metrics = original(config, model, problem, folder, state)
-        seen.clear()                                                   # what follows is the scores of the result
-        problems.append(problem)
-        return metrics
-
-    seen, problems, original = [], [], train.fit
-    monkeypatch.setattr(train, "fit", fit)
-    monkeypatch.setattr(train, "predict", lambda model, split, predict=train.predict: seen.append(split) or predict(model, split))
-    run(world, "--task", task, "--control", "shuffled")
-    probed, shuffled = problems                                        # the probe with a hidden layer, then the method
-    assert probed is shuffled
-    flags = ["--model", str(world / "gpt"), "--data", str(world), "--task", task, "--quiet"]
-    own = train.prepare(train.parse_args(flags)[1])
-    theirs = [("train", shuffled.train), *zip(splits[1:], seen)]
-    assert [name for name, _ in theirs] == splits and len(seen) == len(splits) - 1
-    for name, split in theirs:
-        h = own.train.instances if name == "train" else own.tests[name].instances
-        assert not torch.equal(split.instances, h)
-        assert torch.allclose(split.instances.sum(dim=0), h.sum(dim=0), atol=1e-4)
-
-
-@pytest.mark.parametrize("control", ["constant", "blind"])
-def test_constant_and_blind_reach_both_dev_sets(world, control):
-    flags = ["--model", str(world / "gpt"), "--data", str(world), "--task", "mnli", "--quiet"]
-    own, changed = (train.prepare(train.parse_args([*flags, *more])[1]) for more in ([], ["--control", control]))
-    assert list(changed.tests) == ["dev_matched", "dev_mismatched"]
-    for mine, theirs in zip([own.train, *own.tests.values()], [changed.train, *changed.tests.values()]):
-        if control == "constant":
-            assert not theirs.instances.any() and torch.equal(theirs.tokens, mine.tokens)
-        else:
-            assert torch.equal(theirs.instances, mine.instances)
-            assert {data.gpt2_tokenizer().decode(row.tolist()) for row in theirs.tokens} == {" . Answer:"}
-        assert torch.equal(theirs.labels, mine.labels)
+def test_a_task_with_two_dev_sets_reports_both(world):
+    result = run(world, "--task", "mnli")
+    assert all(0 <= result[name] <= 1 for name in ("accuracy", "accuracy_dev_mismatched"))
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda world: ["--model", str(world / "nowhere")], "there is no model"),
     (lambda world: ["--model", str(save_gpt2(world / "odd", 97))], "97 tokens, GPT-2's tokenizer"),
     (lambda world: ["--task", "sst2", "--encoder", "tiny"], "have to share a tokenizer"),
 ])

@@ -132,14 +132,9 @@ def test_every_command_is_one_that_its_program_takes(command, monkeypatch, tmp_p
     (tmp_path / "FOLDER").mkdir()                                      # the example of a folder with a model
     launcher, program, flags = re.fullmatch(
         r"(.+) (train\.py|-m experiments\.compare|-m experiments\.any_model) (.+)", command).groups()
-    if program == "train.py":
-        assert launcher in ("python", "torchrun --nproc_per_node=2")
-        parse = train.build_parser().parse_args if "--resume" in flags else train.parse_args   # no folder to resume
-    else:
-        assert launcher == "python"
-        parse = compare.parse_args if program.endswith("compare") else train.parse_args
-        flags = "--model " * program.endswith("any_model") + flags     # as any_model.main has it
-    parse(shlex.split(flags))
+    assert launcher in ("python", "torchrun --nproc_per_node=2")
+    parser = (compare if program.endswith("compare") else train).build_parser()
+    parser.parse_args(shlex.split("--model " * program.endswith("any_model") + flags))     # as any_model.main has it
 
 
 def test_there_are_at_least_ten_exercises_and_each_has_an_answer():
