@@ -324,7 +324,7 @@ def read_config(path: Path) -> GPTConfig:
     found = parse_object(path.read_bytes(), path)
     sizes = {name: found.get(name) for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")}
     for name, size in sizes.items():
-        if type(size) is not int or not 0 < size <= 1_000_000 or sizes["n_embd"] % size and name == "n_head":
+        if type(size) is not int or not 0 < size <= 1_000_000 or name == "n_head" and sizes["n_embd"] % size:
             raise ValueError(f"{path}: {name} is {short(size)}, no size of a GPT-2")
     usual = dict(model_type="gpt2", activation_function="gelu_new", n_inner=4 * sizes["n_embd"],
                  scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)

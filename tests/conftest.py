@@ -3,6 +3,8 @@
 import functools
 import json
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,18 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes seconds; left out by -m 'not slow'")
     for name in ("pretraining_text", "tiny_tokenizer"):                # the same in every run of this process
         setattr(data, name, functools.cache(getattr(data, name)))
+
+
+def pytest_collection_finish(session):
+    """The tutorial takes the longest: it runs in a process of its own, beside the tests that come before its own."""
+    if any(item.name.startswith("test_every_block_runs") for item in session.items):
+        session.config.page = subprocess.Popen([sys.executable, "-m", "tests.test_tutorial"], cwd=CACHE.parent, text=True,
+                                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "page"):
+        config.page.kill()
 
 
 @pytest.fixture(scope="session")

@@ -173,8 +173,9 @@ def test_a_tensor_that_does_not_belong_is_named(tmp_path, kind, name, tensor, wo
 
 
 @pytest.mark.parametrize("name, value, words", [
-    *(("n_embd", value, "n_embd is missing or no whole number") for value in (None, 0, -1, True, 4.0, "4", 10**9)),
-    *((name, None, f"{name} is missing or no whole number") for name in ("vocab_size", "n_positions", "n_layer", "n_head")),
+    *(("n_embd", value, "no size of a GPT-2") for value in (None, 0, -1, True, 4.0, "4", 10**9)),
+    ("n_head", 3, "n_head is 3, no size of a GPT-2"),
+    *((name, None, f"{name} is None, no size of a GPT-2") for name in ("vocab_size", "n_positions", "n_layer", "n_head")),
     ("model_type", "gpt_neo", "model_type is not 'gpt2'"), ("activation_function", "relu", "is not 'gelu_new'"),
     ("n_inner", 81, "n_inner is not 80"), ("scale_attn_weights", False, "scale_attn_weights is not True"),
     ("scale_attn_by_inverse_layer_idx", True, "scale_attn_by_inverse_layer_idx is not False"),

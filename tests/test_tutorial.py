@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import torch
 
 import data
 import train
@@ -90,12 +89,10 @@ def run(blocks: list[Fence]) -> None:
 
 
 @pytest.mark.slow
-def test_every_block_runs_in_order_and_prints_what_the_page_says(tiny, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    for name, task in data.TASKS.items():                              # the page adds one, and takes it out again
-        monkeypatch.setitem(data.TASKS, name, task)
-    with torch.random.fork_rng():
-        run(fences(TUTORIAL))
+def test_every_block_runs_in_order_and_prints_what_the_page_says(tiny, request):
+    page = request.config.page                                         # conftest.py has started it, beside the other tests
+    printed, _ = page.communicate()
+    assert page.returncode == 0, printed
 
 
 def test_quoted_source_is_the_files_own():
@@ -196,3 +193,7 @@ def test_what_is_marked_as_not_run_is_not_run_but_has_to_be_python():
 
 def test_blocks_share_one_namespace():
     run(fences("```python\nx = 1\n```\n\n```python\nprint(x + 1)\n```\n\n```text\n2\n```\n"))
+
+
+if __name__ == "__main__":
+    run(fences(TUTORIAL))
