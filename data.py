@@ -30,7 +30,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
-from pprint import pformat
 
 import tiktoken
 import torch
@@ -148,9 +147,9 @@ class Task:
     def __post_init__(self):
         """ValueError for an entry that cannot work."""
         named, has_answer = re.findall(r"{(.*?)}", self.template), bool(self.answer and self.max_answer > 1)
-        if not named or not set(named) <= self.fields.keys():
+        if not named or not set(named) <= self.fields.keys() or self.template.endswith(" "):
             raise ValueError(f"task {self.folder}: the template {short(self.template)!r} has to name fields, "
-                             f"of {', '.join(self.fields)}, and nothing else in braces")
+                             f"of {', '.join(self.fields)}, nothing else in braces, and to end in no blank")
         if bool(self.label_words) == has_answer or len(self.label_names) != len(self.label_words):
             raise ValueError(f"task {self.folder}: it needs label_words and as many label_names, or instead "
                              "an answer and a max_answer above 1")
@@ -257,10 +256,7 @@ WORD = r" ?\w+| ?[^\s\w]+|\s"           # a word or some punctuation, with the s
 
 
 def learn_tokenizer(text: str) -> tiktoken.Encoding:
-    """Merge the most frequent pair of tokens until every distinct word of `text` is one token.
-
-    Each distinct word counts once, so merging is soon over. A word keeps the space before it, as in GPT-2.
-    """
+    """Merge the most frequent pair of tokens until every word of `text`, counted once, is one token."""
     words = sorted(set(re.findall(WORD, text)))
     pieces = [[bytes([byte]) for byte in word.encode()] for word in words]
     ranks = {bytes([byte]): byte for byte in range(256)}               # token -> id, in the order of merging
@@ -346,7 +342,7 @@ class Encoded:
     tokens: Tensor                       # (N, T) int64
     lengths: Tensor                      # (N,)
     labels: Tensor                       # (N,) indices into task.label_words; (N, max_answer) of answers
-    cut: Tensor | None = None            # (N,), whether a text did not fit and was shortened
+    cut: Tensor | None = None            # (N,), whether a text or an answer did not fit and was shortened
     instances: Tensor | None = None      # (N, d_h) instance embeddings h, once they are computed
 
     def __len__(self) -> int:
@@ -373,7 +369,7 @@ def encode_text(task: Task, fields: dict[str, str], tokenizer: tiktoken.Encoding
     The label word has to follow the template's end, so the template is never cut: the longest field loses
     its last tokens. Raises ValueError when not even the bare template fits.
     """
-    parts = re.split(r"( ?\{\w+\})", task.template)                    # literal, field, literal, field, ...
+    parts = re.split(r"( ?\{.*?\})", task.template)                    # literal, field, literal, field, ...
     pieces = [tokenizer.encode_ordinary(part.format(**fields)) for part in parts]
     excess = sum(map(len, pieces)) - max_length
     for _ in range(excess):
@@ -388,6 +384,7 @@ def encode_text(task: Task, fields: dict[str, str], tokenizer: tiktoken.Encoding
 def encode(task: Task, rows: list[Row], tokenizer: tiktoken.Encoding, max_length: int) -> Encoded:
     texts, cut = zip(*(encode_text(task, fields, tokenizer, max_length) for fields, _ in rows))
     labels = [encode_answer(task, y, tokenizer) if task.answer else torch.tensor(y) for _, y in rows]
+    cut = [short or bool(task.answer) and tokenizer.eot_token not in y for short, y in zip(cut, labels)]
     return Encoded(pad_sequence([torch.tensor(tokens) for tokens in texts], batch_first=True),
                    torch.tensor([len(tokens) for tokens in texts]), torch.stack(labels), torch.tensor(cut))
 
@@ -395,8 +392,8 @@ def encode(task: Task, rows: list[Row], tokenizer: tiktoken.Encoding, max_length
 def shuffled_batches(split: Encoded, batch_size: int, generator: torch.Generator) -> list[Tensor]:
     """The row numbers of one epoch's batches, in random order.
 
-    Where lengths vary much, a batch of random texts is mostly padding (on SST-2, 36 positions for 14 tokens).
-    There every 50 batches' worth of rows is sorted by length, cut into batches, and these are shuffled.
+    Where lengths vary much, random batches are mostly padding (on SST-2, 36 positions for 14 tokens): there
+    every 50 batches' worth of rows is sorted by length, cut into batches, and these are shuffled.
     """
     order = torch.randperm(len(split), generator=generator)
     if not split.ragged:
@@ -433,9 +430,16 @@ def same_answer(task: Task, given: str, wanted: str) -> bool:
     """Whether an answer is right: as a text, blanks behind it apart, or as a Python value. Nothing is run."""
     if task.by_value:
         with suppress(Exception), warnings.catch_warnings(action="ignore"):    # no value; a "\\d" in it
-            # Written anew, in one order, they are equal if values and types are: not 1 and True, as with ==.
-            given, wanted = (pformat(ast.literal_eval(text.strip()), width=1) for text in (given, wanted))
+            given, wanted = (written(ast.literal_eval(text.strip())) for text in (given, wanted))
     return given.rstrip() == wanted.rstrip()
+
+
+def written(value) -> str:
+    """A Python value as text, the same for equal values of equal types: == would take 1 for True."""
+    if not isinstance(value, (list, tuple, set, dict)):
+        return repr(value)
+    parts = [written(part) for part in (value.items() if isinstance(value, dict) else value)]
+    return f"{type(value).__name__} {parts if isinstance(value, (list, tuple)) else sorted(parts)}"
 
 
 def right(task: Task, predictions: Tensor, labels: Tensor, tokenizer: tiktoken.Encoding) -> Tensor:
@@ -443,7 +447,8 @@ def right(task: Task, predictions: Tensor, labels: Tensor, tokenizer: tiktoken.E
     if labels.ndim == 1:
         return predictions.argmax(dim=-1).to(labels.device) == labels
     pairs = ([decode_answer(task, tokens, tokenizer) for tokens in pair] for pair in zip(predictions, labels))
-    return torch.tensor([same_answer(task, given, wanted) for given, wanted in pairs])
+    whole = (labels == tokenizer.eot_token).any(dim=1).tolist()        # what was cut nobody can have right
+    return torch.tensor([end and same_answer(task, *pair) for end, pair in zip(whole, pairs)])
 
 
 def label_tokens(task: Task, tokenizer: tiktoken.Encoding) -> Tensor:
@@ -459,6 +464,8 @@ def label_tokens(task: Task, tokenizer: tiktoken.Encoding) -> Tensor:
         if len(tokens) != 1:
             raise ValueError(f"label word {word!r} (label {label!r}) is {len(tokens)} tokens, it has to be "
                              "1: choose another, with its leading space, or a model that knows more words")
+        if tokens[0] in ids:
+            raise ValueError(f"label word {word!r} is the token of another one: choose different words")
         ids += tokens
     return torch.tensor(ids)
 
@@ -532,8 +539,7 @@ def read_table(path: Path, skip_short: bool) -> Iterator[tuple[str, dict]]:
     """("FILE, line N", its values by column) of a .jsonl file, an object a line, or of tab-separated cells.
 
     The latter are under a line of column names, unquoted like GLUE's. Only a line feed ends a line; blank
-    ones are left out, with `skip_short` also those with too few cells. ValueError: other numbers of cells.
-    """
+    ones are left out, with `skip_short` short ones, too. ValueError: other numbers of cells."""
     header = None
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         where = f"{path}, line {number}"
@@ -548,6 +554,8 @@ def read_table(path: Path, skip_short: bool) -> Iterator[tuple[str, dict]]:
             yield where, parse_object(line, where)
         elif header is None:
             header = cells
+            if len(set(header)) < len(header):
+                raise ValueError(f"{where}: {len(header)} columns with {len(set(header))} names")
         elif len(cells) == len(header):
             yield where, dict(zip(header, cells))
         elif len(cells) > len(header) or not skip_short:
@@ -565,12 +573,11 @@ def save_file(path: Path, content) -> None:
     process at a time may save it.
     """
     memory = io.BytesIO()                # to a file, torch.save hides why a disk fails
-    if path.suffix == ".json":
-        memory.write((json.dumps(content, indent=1) + "\n").encode())
-    elif path.suffix == ".jsonl":
-        memory.write("".join(json.dumps(line) + "\n" for line in content).encode())
-    else:
+    if path.suffix == ".pt":
         torch.save(content, memory)
+    else:                                # .json: one object; .jsonl: one on each line
+        lines = content if path.suffix == ".jsonl" else [content]
+        memory.write("".join(json.dumps(line) + "\n" for line in lines).encode())
     part = path.with_name(f"{path.name}.part")     # the same each time: a killed run's is written over
     with open(part, "wb") as file:
         file.write(memory.getbuffer())
@@ -598,8 +605,7 @@ def load_tensors(wanted: dict[str, Tensor], found: dict[str, Tensor], where: str
         ours, theirs = ("not there" if tensor is None else f"{list(tensor.shape)} of {tensor.dtype}"
                         for tensor in (wanted.get(name), found.get(name)))
         if ours != theirs or not found[name].isfinite().all():
-            problem = f"{theirs} and should be {ours}" if ours != theirs else "not finite"
-            raise ValueError(f"{where}: tensor {short(name)} is {problem}: damaged, or another model's?")
+            raise ValueError(f"{where}: tensor {short(name)} is {theirs} and should be {ours}, all finite")
     with torch.no_grad():
         for name, tensor in wanted.items():
             tensor.copy_(found[name])

@@ -163,7 +163,9 @@ class LoPA(SoftPrompt):
 
     @torch.no_grad()
     def start_from(self, embeds: Tensor) -> None:
-        """Let Z start as these vectors (m, d): Z_S as twice them, behind gates of 1/2."""
+        """Let Z start as these vectors (m, d): Z_S as twice them, behind gates of 1/2 (if U = 0)."""
+        if self.fusion not in ("gate", "add"):
+            raise ValueError(f"a prompt of fusion {self.fusion!r} cannot start as given vectors")
         self.soft_prompt.copy_(2 * embeds if self.fusion == "gate" else embeds)
 
 
@@ -188,10 +190,7 @@ class DecomposedPromptTuning(SoftPrompt):
 
 
 class BilinearPromptTuning(DecomposedPromptTuning):
-    """DPT's product with another start: the low-rank form of BPT (Wang et al. 2025, arXiv 2506.22908).
-
-    Made for images. Shapes: A (m, r), B (r, d), Z (B, m, d), as in DPT.
-    """
+    """DPT's product with another start: the low-rank form of BPT (Wang et al. 2025, arXiv 2506.22908)."""
 
     def __init__(self, embed_dim: int, num_virtual_tokens: int = 10, rank: int = 4, **unused):
         super().__init__(embed_dim, num_virtual_tokens, rank, **unused)
@@ -200,7 +199,7 @@ class BilinearPromptTuning(DecomposedPromptTuning):
 
 
 class ResidualPromptTuning(PromptTuning):
-    """Z_i = P_i + LN(W_up ReLU(W_down P_i + b) + b'), one MLP for all i.
+    """Z_i = P_i + LN(W_up ReLU(W_down P_i + b) + b'): one MLP for all i. At first it adds a deviation of 1.
 
     Razdaibiedina et al. 2023, arXiv 2305.03937.
     Shapes: P (m, d), W_down (H, d), b (H,), W_up (d, H), b' (d,), Z (B, m, d), the same for every input.
@@ -217,6 +216,8 @@ class ResidualPromptTuning(PromptTuning):
     def prompt(self, instance: Tensor) -> Tensor:
         Z = self.soft_prompt + self.mlp(self.soft_prompt)    # Eq. (4): (m, d)
         return Z.expand(len(instance), -1, -1)               # (B, m, d)
+
+    start_from = None                                        # what the MLP adds is larger than words
 
 
 class IDPG(SoftPrompt):
@@ -250,8 +251,7 @@ class DePT(PromptTuning):
     """[P ; X_e + s A B]: a short prompt, and one offset per position (Shi, Lipani 2024, arXiv 2309.05173).
 
     Shapes: P (m, d), X_e (B, T, d), A (n, r) with n = max_length, of which the first T rows are used,
-    B (r, d) = 0 at the start; s = alpha / sqrt(r), alpha = 8. Trainable: N = m d + (n + d) r. Raises
-    ValueError for T > n.
+    B (r, d) = 0 at the start; s = alpha / sqrt(r), alpha = 8. Trainable: N = m d + (n + d) r.
     """
 
     def __init__(self, embed_dim: int, num_virtual_tokens: int = 10, rank: int = 4, max_length: int = 128,
@@ -262,10 +262,7 @@ class DePT(PromptTuning):
         self.B = nn.Parameter(torch.zeros(rank, embed_dim))
 
     def forward(self, token_embeds: Tensor, instance: Tensor) -> Tensor:
-        T, n = token_embeds.shape[1], len(self.A)
-        if T > n:
-            raise ValueError(f"text of {T} tokens > max_length {n}, which DePT has offsets for: "
-                             "raise max_length")
+        T = token_embeds.shape[1]
         offset = self.scale * (self.A[:T] @ self.B)          # Eq. (10): (T, r)(r, d) -> (T, d)
         return super().forward(token_embeds + offset.to(token_embeds.dtype), instance)
 
@@ -353,7 +350,12 @@ class Adapted(nn.Module):
         self.gpt, self.label_ids, self.prompt, self.encoder = gpt, label_ids, None, None
         if config is None:
             return
-        if config.method in METHODS:
+        if config.method == "lora":
+            shared = {id(p): p for p in gpt.parameters()}              # a copy of all but the frozen weights
+            self.gpt = add_lora(copy.deepcopy(gpt, shared), config.rank)
+        elif config.method == "full":
+            self.gpt = copy.deepcopy(gpt).float().requires_grad_(True)
+        else:
             every_token = torch.arange(gpt.config.vocab_size, device=label_ids.device)
             init_std = config.init_std or gpt.embed(every_token).float().std().item()
             self.prompt = METHODS[config.method](
@@ -361,12 +363,6 @@ class Adapted(nn.Module):
                 num_virtual_tokens=config.num_virtual_tokens, rank=config.rank, hidden_dim=config.hidden_dim,
                 dropout=config.dropout, fusion=config.fusion, init_std=init_std,
                 head_std=config.head_std, max_length=gpt.config.n_positions)
-        elif config.method == "lora":
-            self.gpt = add_lora(copy.deepcopy(gpt), config.rank)
-        elif config.method == "full":
-            self.gpt = copy.deepcopy(gpt).float().requires_grad_(True)
-        else:
-            raise ValueError(f"unknown method {config.method!r}: none of {', '.join(METHODS)}, lora, full")
         if config.tune_encoder:
             self.encoder = copy.deepcopy(encoder).float().requires_grad_(True)
             one = torch.ones(1, 1, dtype=torch.long, device=label_ids.device)
@@ -385,13 +381,11 @@ class Adapted(nn.Module):
         inputs_embeds, lengths = self.read(tokens, lengths, instance)  # (B, m + T, d), (B,)
         if answers is None:
             last = self.gpt.hidden_at(inputs_embeds, lengths - 1)      # (B, d)
-            logits = self.gpt.logits(last, self.label_ids)             # (B, labels)
-        else:
-            rows, i = (answers >= 0).nonzero(as_tuple=True)            # (n,): token i of a row's answer
-            inputs_embeds = F.pad(inputs_embeds, (0, 0, 0, int(i.max()) + 1))
-            inputs_embeds[rows, lengths[rows] + i] = self.gpt.embed(answers[rows, i])
-            logits = self.gpt.logits(self.gpt.hidden_at(inputs_embeds, lengths[rows] + i - 1, rows))
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))     # bfloat16 is coarse
+            return self.gpt.logits(last, self.label_ids)               # (B, labels)
+        rows, i = (answers >= 0).nonzero(as_tuple=True)                # (n,): token i of a row's answer
+        inputs_embeds = F.pad(inputs_embeds, (0, 0, 0, int(i.max()) + 1))
+        inputs_embeds[rows, lengths[rows] + i] = self.gpt.embed(answers[rows, i])
+        return self.gpt.logits(self.gpt.hidden_at(inputs_embeds, lengths[rows] + i - 1, rows))
 
     def read(self, tokens: Tensor, lengths: Tensor, instance: Tensor) -> tuple[Tensor, Tensor]:
         """What the frozen model reads, (B, m + T, d), and how much of it is prompt and text, (B,)."""
@@ -401,6 +395,14 @@ class Adapted(nn.Module):
         if self.prompt is not None:
             inputs_embeds = self.prompt(inputs_embeds, instance)       # (B, m + T, d)
         return inputs_embeds, lengths + inputs_embeds.shape[1] - tokens.shape[1]
+
+    def train(self, mode: bool = True) -> "Adapted":
+        """The models stay in eval mode: what is trained in one of them trains without its dropout, too."""
+        super().train(mode)
+        self.gpt.eval()
+        if self.encoder is not None:
+            self.encoder.eval()
+        return self
 
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.named_parameters() if p.requires_grad}

@@ -62,8 +62,7 @@ class Attention(nn.Module):
             v = torch.cat([past[1], v], dim=2)
         if past is not None:
             past[:] = k, v
-        # Causal, and padding stands on the right: no real token can see it, so no other mask is needed.
-        # A single position is the last one and sees everything.
+        # Causal, so padding on the right is seen by no real token. A single position, the last, sees all.
         x = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)   # (B, n_head, T, d / n_head)
         return self.c_proj(x.transpose(1, 2).flatten(2))               # heads side by side again: (B, T, d)
 
@@ -102,13 +101,11 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.apply(self._init_weights)
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-        if isinstance(module, nn.Linear):
-            nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=config.initializer_range)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> "GPT":
@@ -174,7 +171,8 @@ class GPT(nn.Module):
         of the table, not all of GPT-2's 50,257.
         """
         table = self.wte.weight if only is None else self.wte.weight[only]             # (vocab_size or n, d)
-        return hidden @ table.T
+        wide = torch.promote_types(hidden.dtype, torch.float32)        # bfloat16 rounds differences away
+        return hidden.to(wide) @ table.to(wide).T
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids (B, T) -> logits (B, T, vocab_size), as any language model."""
@@ -192,18 +190,16 @@ class GPT(nn.Module):
         device = inputs_embeds.device
         lengths = torch.full((B,), T, device=device) if lengths is None else lengths
         ends = torch.zeros(0, dtype=torch.long, device=device) if ends is None else ends
-        tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
+        tokens = torch.full((B, max_new_tokens), ends[0] if len(ends) else 0, device=device)
         for length in lengths.unique().tolist():
             rows = (lengths == length).nonzero().flatten()             # (b,)
             x, past = inputs_embeds[rows, :length], [[] for _ in self.h]
             over = torch.zeros(len(rows), dtype=torch.bool, device=device)
             for i in range(max_new_tokens):
                 new = self.logits(self.hidden(x, past=past)[:, -1]).argmax(dim=-1)     # (b,)
-                new[over] = ends[:1]
-                tokens[rows, i] = new
+                tokens[rows[~over], i] = new[~over]
                 over |= torch.isin(new, ends)
                 if over.all():
-                    tokens[rows, i + 1:] = ends[:1]
                     break
                 x = self.embed(new[:, None])                           # (b, 1, d): the rest is in `past`
         return tokens
@@ -243,21 +239,16 @@ class InstanceEncoder(nn.Module):
         hidden = self.gpt.embed(tokens)                                # (B, T, d), without positions
         if self.num_blocks:
             hidden = self.gpt.hidden(hidden, num_blocks=self.num_blocks)
-        # bfloat16 is too coarse to average in.
-        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))   # bfloat16 is too coarse a mean
         hidden = F.layer_norm(hidden, hidden.shape[-1:])               # no token outweighs the others
         real = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]  # (B, T)
         mean = (hidden * real[..., None]).sum(dim=1) / lengths[:, None]                # (B, d)
         return (mean - self.mean) / self.std                           # Eq. (5)
 
     def fit(self, instances: Tensor) -> Tensor:
-        """The training split's embeddings (N, d_h), made before -> the same, standardised from now on.
-
-        Raises ValueError for a single row.
-        """
-        if len(instances) < 2:
-            raise ValueError("1 training row, but h is scaled by a deviation, which takes 2")
-        self.mean, self.std = instances.mean(dim=0), instances.std(dim=0).clamp(min=1e-6)
+        """The training split's embeddings (N, d_h), made before -> the same, standardised from now on."""
+        self.mean, std = instances.mean(dim=0), instances.std(dim=0, correction=int(len(instances) > 1))
+        self.std = std.where(std > 1e-6, 1e30)                         # what does not vary is 0 for all
         return (instances - self.mean) / self.std
 
 
@@ -266,8 +257,7 @@ class InstanceEncoder(nn.Module):
 
 # 1.25 nats a token is about what the text's own randomness leaves; a model that ignores irony stays at 1.30,
 # and one that ignores polarity above 1.35. `documents` is how many reviews the caller's text should have.
-PRETRAINING = dict(steps=1200, batch_size=16, window=48, lr=4e-3, warmup_steps=50, documents=20_000,
-                   max_rounds=3, learned_below=1.29)
+PRETRAINING = dict(steps=1200, batch_size=16, window=48, lr=4e-3, warmup_steps=50, documents=20_000)
 
 
 def cosine_factor(step: int, warmup_steps: int, total_steps: int) -> float:
@@ -279,9 +269,8 @@ def pretrain(config: GPTConfig, token_ids: Tensor, document_starts: Tensor, seed
              progress: Callable[[range], Iterable[int]] = iter) -> GPT:
     """An ordinary language model of the text token_ids (N,): predict each next token, as PRETRAINING says.
 
-    Every window begins where a document does: at document_starts (n,). `progress` wraps a round's range of
-    steps, as tqdm does. Polarity and irony are each learned all of a sudden, after a plateau; a model that is
-    still on one when the round is over gets another one. (Of seeds 0 to 4 none is.)
+    Every window begins where a document does: at document_starts (n,). `progress` wraps the range of steps,
+    as tqdm does. Polarity and irony are each learned all of a sudden, after a plateau.
     """
     recipe = PRETRAINING
     torch.manual_seed(seed)
@@ -289,23 +278,18 @@ def pretrain(config: GPTConfig, token_ids: Tensor, document_starts: Tensor, seed
     order = torch.Generator().manual_seed(seed)
     window = torch.arange(recipe["window"] + 1)                        # one more than read: the last target
     starts = document_starts[document_starts + len(window) <= len(token_ids)]
-    for _ in range(recipe["max_rounds"]):
-        optimizer = torch.optim.AdamW(gpt.parameters(), weight_decay=0.01)
-        losses = []
-        for step in progress(range(recipe["steps"])):
-            lr = recipe["lr"] * cosine_factor(step, recipe["warmup_steps"], recipe["steps"])
-            optimizer.param_groups[0]["lr"] = lr
-            picked = torch.randint(len(starts), (recipe["batch_size"], 1), generator=order)  # (B, 1)
-            batch = token_ids[starts[picked] + window].to(device)      # (B, window + 1)
-            logits = gpt(batch[:, :-1])                                # (B, window, vocab_size)
-            loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
-            optimizer.step()
-            losses.append(loss.item())
-        if sum(losses[-50:]) / len(losses[-50:]) < recipe["learned_below"]:
-            break
+    optimizer = torch.optim.AdamW(gpt.parameters(), weight_decay=0.01)
+    for step in progress(range(recipe["steps"])):
+        lr = recipe["lr"] * cosine_factor(step, recipe["warmup_steps"], recipe["steps"])
+        optimizer.param_groups[0]["lr"] = lr
+        picked = torch.randint(len(starts), (recipe["batch_size"], 1), generator=order)      # (B, 1)
+        batch = token_ids[starts[picked] + window].to(device)          # (B, window + 1)
+        logits = gpt(batch[:, :-1])                                    # (B, window, vocab_size)
+        loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
+        optimizer.step()
     gpt.zero_grad()                                                    # a finished model needs no gradients
     return gpt
 
@@ -346,6 +330,8 @@ def read_weights(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
             name = name.removeprefix("transformer.")                   # files come with it and without
             mask = name.endswith((".attn.bias", ".attn.masked_bias"))  # the causal one, in older files
             if tensor.is_floating_point() and not mask:
+                if not tensor.isfinite().all():
+                    raise ValueError(f"tensor {name!r} has numbers that are not finite")
                 # A view turned round: copies in our order cost memory and were no faster.
                 weights[name] = (tensor.T if name.endswith(TRANSPOSED) else tensor).to(dtype)
     except Exception as error:                                         # a damaged file can raise anything

@@ -32,6 +32,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import tiktoken
@@ -57,7 +58,7 @@ HEAD_LEARNING_RATES = (3e-3, 1e-3)       # of the heads on h
 # What there is to compute on; the last one is for models other than the tiny GPT, which is too small for it.
 DEVICES = [str(device) for device in ("cpu", torch.accelerator.current_accelerator(True)) if device]
 CHOICES = {"task": data.TASKS, "method": [*METHODS, "lora", "full"], "dtype": ["float32", "bfloat16"],
-           "device": DEVICES}
+           "device": DEVICES, "init": ["noise", "vocab"]}
 HOW_TO_RUN = ("out", "save_every", "quiet", "device", "cache")         # what does not decide the result
 COMMAND = "python train.py"              # as messages give it
 FORMAT = 5                               # of adapters and checkpoints
@@ -73,9 +74,8 @@ def flag(default, help: str):
 
 @dataclass
 class Config:
-    """All that a result depends on, and where and how to run. What is None gets the default of its method or
-    model; for another method or model make a new Config, since dataclasses.replace keeps the old defaults.
-    """
+    """All that a result depends on, and how to run. None becomes the default of the method and the model, and
+    dataclasses.replace keeps it: for another method or model make a new Config."""
 
     task: str = flag(None, "what to learn, an entry of TASKS in data.py")
     method: str = flag("lopa", "one of lopa.py's METHODS; lora and full change the model itself")
@@ -91,7 +91,8 @@ class Config:
     head_lr: float | None = flag(None, "peak learning rate of the heads on h")
     hidden_dim: int | None = flag(None, "H, of the heads (default: 64 for tiny, else 256)")
     dropout: float | None = flag(None, "on h (default: 0 for tiny, whose h is short, else 0.1)")
-    init_text: str | None = flag(None, "the prompt starts as the embeddings of these words, not as noise")
+    init: str | None = flag(None, "the prompt starts as noise or vocab, tokens drawn from the vocabulary")
+    init_text: str | None = flag(None, "the prompt starts as the embeddings of these words")
     encoder: str | None = flag(None, "another model for the instance embedding h (default: the same)")
     encoder_blocks: int | None = flag(None, "h is read after these, 0: bag of words (default: half; tiny: 0)")
     tune_encoder: bool = flag(False, "train a copy of the encoder too, as released for GLUE")
@@ -116,11 +117,12 @@ class Config:
                 raise ValueError(f"--{name.replace('_', '-')}: {value} is not between {least} and {most:g}")
         real = self.model != "tiny"
         rates = LEARNING_RATES.get(self.method, DEFAULT_LEARNING_RATES)
+        words = real and self.fusion in ("gate", "add") and getattr(METHODS.get(self.method), "start_from", 0)
         usual = dict(encoder=self.model, lr=rates[real], head_lr=HEAD_LEARNING_RATES[real],
                      encoder_lr=LEARNING_RATES["full"][real], dropout=0.1 if real else 0.0,
-                     hidden_dim=256 if real else 64, device=DEVICES[-1] if real else "cpu")
-        if (self.encoder or self.model) == "tiny":
-            usual["encoder_blocks"] = 0
+                     hidden_dim=256 if real else 64, device=DEVICES[-1] if real else "cpu",
+                     init="vocab" if words else "noise",
+                     encoder_blocks=0 if (self.encoder or self.model) == "tiny" else None)
         for name, value in usual.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -221,9 +223,8 @@ def fit(config: Config, model: Adapted, problem: "Problem", folder: Path | None 
 
 
 def parts(split: Encoded, order: Sequence[Tensor]) -> Iterator[tuple[Encoded, float]]:
-    """This process's part of each batch, and the weight of its mean loss: so weighted, the average that
-    DistributedDataParallel takes of the processes' gradients is the whole batch's gradient.
-    """
+    """This process's part of each batch, and a weight for its mean loss, with which the average that
+    DistributedDataParallel takes of the processes' gradients is the whole batch's."""
     process, num_processes = rank_and_world_size()
     shares = [rows[process::num_processes] for rows in order]
     for rows, whole, batch in zip(shares, order, batches(split, shares)):
@@ -271,6 +272,8 @@ def every_row(split: Encoded, width: int, compute: Callable[[Encoded], Tensor]) 
         result[rows] = compute(batch).float()
     if dist.is_initialized():
         dist.all_reduce(result)                                        # 0 where another process has the row
+    if not result.isfinite().all():
+        raise FloatingPointError("what the model computes is not finite: start again with a lower --lr")
     return result
 
 
@@ -331,63 +334,65 @@ def prepare(config: Config) -> Problem:
     room = text_room(config, gpt, encoder, task.max_answer)
     label_ids = data.label_tokens(task, tokenizer)
     sha256 = hashlib.sha256(label_ids.numpy())
-
-    def encode(rows: list[data.Row]) -> Encoded:
-        split = data.encode(task, rows, tokenizer, room)
+    splits = {name: data.encode(task, rows, tokenizer, room)
+              for name, rows in {"training": train_rows, **dev_rows}.items()}
+    for split in splits.values():
         for tensor in (split.tokens, split.lengths, split.labels):
             sha256.update(tensor.numpy())
-        split = split.each(lambda tensor: tensor.to(config.device))
-        return replace(split, instances=instance_embeddings(encoder, split))
-
-    train = encode(train_rows)
-    train = replace(train, instances=encoder.fit(train.instances))     # from here on h is standardised
-    tests = {name: encode(rows) for name, rows in dev_rows.items()}
     made_of = dict(data=source, fingerprint=fingerprint(gpt, encoder), data_sha256=sha256.hexdigest()[:12])
     every = gathered(config.deciding() | made_of | dict(save_every=config.save_every))
+    problem, smallest = "", (len(train_rows) - 1) % config.batch_size + 1
     if different := [name for name in every[0] if len({str(process[name]) for process in every}) > 1]:
-        raise ValueError(f"the processes have different {', '.join(different)}: start all with the same "
-                         "flags, data and .cache")
-    if (smallest := (len(train) - 1) % config.batch_size + 1) < len(every):
-        raise ValueError(f"the last batch has {smallest} rows, and there are {len(every)} processes: "
-                         "change --batch-size")
+        problem = f"the processes have different {', '.join(different)}: use the same flags, data and .cache"
+    elif smallest < len(every):
+        problem = f"the last batch has {smallest} rows for {len(every)} processes: change --batch-size"
+    if problem:
+        raise ValueError(problem) if is_first_process() else SystemExit(2)     # all know it, one says it
     config.say(f"task {config.task}: {source}, " + ", ".join(
-        f"{len(split)} {name} rows" + f" ({split.cut.sum()} cut to fit the context)" * bool(split.cut.any())
-        for name, split in {"training": train, **tests}.items()))
-    return Problem(gpt, encoder, label_ids.to(config.device), train, tests, task, tokenizer, made_of,
-                   {name: [texts.get("task_id", i) for i, (texts, _) in enumerate(rows)]
-                    for name, rows in dev_rows.items()})
+        f"{len(split)} {name} rows" + f" ({split.cut.sum()} cut to fit)" * bool(split.cut.any())
+        for name, split in splits.items()))
+    for name, split in splits.items():
+        split = split.each(lambda tensor: tensor.to(config.device))
+        instances = instance_embeddings(encoder, split)
+        if name == "training":
+            instances = encoder.fit(instances)                         # from here on h is standardised
+        splits[name] = replace(split, instances=instances)
+    return Problem(gpt, encoder, label_ids.to(config.device), splits.pop("training"), splits, task, tokenizer,
+                   made_of, {name: [texts.get("task_id", i) for i, (texts, _) in enumerate(rows)]
+                             for name, rows in dev_rows.items()})
 
 
 def build(config: Config, problem: Problem) -> Adapted:
     """The frozen model with one method on it, its initial values drawn from the seed, or words'."""
     torch.manual_seed(config.seed)
     model = Adapted(config, problem.gpt, problem.encoder, problem.label_ids)
-    if config.init_text is not None:
-        tokens = problem.tokenizer.encode_ordinary(config.init_text)
-        if not tokens or not hasattr(model.prompt, "start_from"):
-            raise ValueError("--init-text needs a word in it, and a method whose prompt can start as words: "
-                             f"{config.method} has {len(tokens)} tokens to start from")
-        over_and_over = [tokens[i % len(tokens)] for i in range(config.num_virtual_tokens)]      # m tokens
-        model.prompt.start_from(problem.gpt.embed(torch.tensor(over_and_over, device=config.device)))
+    if config.init_text is not None or config.init == "vocab":
+        # peft's SAMPLE_VOCAB, but of common words: what a BPE has learned first, behind bytes and marks.
+        m, text, n_vocab = config.num_virtual_tokens, config.init_text, problem.gpt.config.vocab_size
+        tokens = torch.randint(min(300, n_vocab // 2), min(5300, n_vocab), (m,),
+                               generator=torch.Generator().manual_seed(config.seed)).tolist()
+        if text is not None:
+            tokens = problem.tokenizer.encode_ordinary(text) if text.strip() else []
+        if not 0 < len(tokens) <= m or not getattr(model.prompt, "start_from", None):
+            raise ValueError(f"a start as {len(tokens)} tokens: it takes a word, at most {m} tokens and "
+                             f"a method whose prompt can start as words, not {config.method}")
+        over_and_over = torch.tensor([tokens[i % len(tokens)] for i in range(m)], device=config.device)
+        model.prompt.start_from(problem.gpt.embed(over_and_over))      # (m, d)
     return model
 
 
 def text_room(config: Config, gpt: GPT, encoder: InstanceEncoder, max_answer: int = 0) -> int:
-    """How many tokens of text fit between prompt and answer, for all methods the same; ValueError if none."""
+    """How many tokens of text fit between prompt and answer, the same for all methods; less than 1: none."""
     taken = config.num_virtual_tokens * (2 if config.fusion == "concat" else 1) + max_answer
-    if taken >= gpt.config.n_positions:
-        raise ValueError(f"{taken} prompt{' and answer' * bool(max_answer)} tokens leave no room for text in "
-                         f"a context of {gpt.config.n_positions}: lower --num-virtual-tokens")
     return min(gpt.config.n_positions - taken, encoder.gpt.config.n_positions)
 
 
 def load_frozen(config: Config) -> tuple[GPT, InstanceEncoder, tiktoken.Encoding]:
     """(model, instance encoder, the tokenizer they share)."""
     gpt, tokenizer = load_model(config.model, config)
-    other = gpt if config.encoder == config.model else load_model(config.encoder, config)[0]
-    if other.config.vocab_size != gpt.config.vocab_size:
-        raise ValueError(f"encoder {config.encoder} has {other.config.vocab_size} tokens and the model "
-                         f"{gpt.config.vocab_size}: they have to share a tokenizer")
+    other, its = (gpt, tokenizer) if config.encoder == config.model else load_model(config.encoder, config)
+    if its.encode_ordinary(__doc__) != tokenizer.encode_ordinary(__doc__):     # any English text would do
+        raise ValueError(f"encoder {config.encoder} and model {config.model} have to share a tokenizer")
     return gpt, InstanceEncoder(other, config.encoder_blocks), tokenizer
 
 
@@ -401,8 +406,7 @@ def load_model(name: str, config: Config) -> tuple[GPT, tiktoken.Encoding]:
         raise ValueError(f"there is no folder {short(name)}: name tiny or a folder with a GPT-2; "
                          "python -m experiments.download gpt2 gets one")
     if gpt.config.vocab_size != tokenizer.n_vocab:
-        raise ValueError(f"{name} has {gpt.config.vocab_size} tokens, GPT-2's tokenizer {tokenizer.n_vocab}: "
-                         "name a model that was trained with it")
+        raise ValueError(f"{name} has {gpt.config.vocab_size} tokens, its tokenizer {tokenizer.n_vocab}")
     gpt = gpt.to(config.device, getattr(torch, config.dtype))
     return gpt.requires_grad_(False).eval(), tokenizer
 
@@ -484,8 +488,8 @@ def run(config: Config, state: dict | None = None) -> dict:
 
     `state`: what the checkpoint in config.out holds, to go on from there.
     """
-    make = is_first_process() and state is None
-    folder = Path(gathered(new_folder(config.out, config.name) if make else config.out)[0])
+    old = state or not is_first_process()
+    folder = Path(gathered(config.out if old else new_folder(config.out, config.name))[0])
     try:
         problem = prepare(config)
         if state and state["made_of"] != problem.made_of:
@@ -521,7 +525,7 @@ def describe(config: Config, model: Adapted, problem: Problem) -> dict:
     config.say(f"{config.method} on {config.model}{changed}: {trainable:,} of {total:,} parameters trained\n"
                f"before training, accuracy on {problem.test_name}: majority class {before['majority']:.3f}, "
                f"zero-shot {before['zero_shot']:.3f}")
-    cut = sum(int(split.cut.sum()) for split in (problem.train, *problem.tests.values()))
+    cut = sum(split.cut.sum().item() for split in (problem.train, *problem.tests.values()))
     return before | dict(num_train=len(problem.train), texts_cut=cut, trainable_parameters=trainable,
                          total_parameters=total, torch=torch.__version__)
 
@@ -554,7 +558,6 @@ def read_texts(text: str, fields: list[str], quoted: bool = False) -> list[list[
     """The texts of `text`, or of standard input ("-"): one a line, those of a pair with a tab between.
 
     `quoted`: a text in double quotes is a JSON string, so that it can have several lines, as code has.
-    Raises ValueError for a line that does not have one text for each field, and for text that is not UTF-8.
     """
     content = sys.stdin.buffer.read() if text == "-" else text.encode(errors="surrogateescape")
     rows = []
@@ -576,7 +579,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(COMMAND.split()[-1], argparse.SUPPRESS, __doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
                                      argument_default=argparse.SUPPRESS)
-    first, more = parser.add_argument_group("what to turn first"), parser.add_argument_group("more")
+    first, more = map(parser.add_argument_group, ("what to turn first", "more"))
     for number, f in enumerate(f for f in fields(Config) if f.metadata):
         kind, default = f.type if isinstance(f.type, type) else f.type.__args__[0], f.default
         help = f.metadata["help"] + f" (default: {default})" * (default is not None and kind is not bool)
@@ -640,7 +643,7 @@ def main(argv: list[str] | None = None) -> None:
 def join_processes(config: Config) -> None:
     if config.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))           # from here on "cuda" is this one
-    dist.init_process_group("nccl" if config.device == "cuda" else "gloo")
+    dist.init_process_group("nccl" if config.device == "cuda" else "gloo", timeout=timedelta(minutes=10))
     config.quiet = config.quiet or not is_first_process()              # the first one speaks
 
 
@@ -662,4 +665,6 @@ def gathered(value) -> list:
 
 
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+    sys.stdout.reconfigure(errors="backslashreplace")                  # a sign that the console lacks
     main()

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import data
 import train
-from model import GPT, GPTConfig, InstanceEncoder
+from model import InstanceEncoder
 
 REWRITE = data.TASKS["rewrite"]
 ANSWERS = [" It was good .", " It was great , great .", " It", " It was terrible ."]      # 5, 7, 2 and 5 tokens with the end mark
@@ -44,9 +44,6 @@ def whole_rows(model, split):
         yield torch.cat([prompted, model.gpt.embed(answer[None])], dim=1), prompted.shape[1], answer
 
 
-# --- loss and gradient -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("changes", [dict(method="lopa"), dict(method="pt"), dict(method="dept"), dict(method="adept"),
                                      dict(fusion="concat")])
 def test_the_loss_is_every_targets_averaged_in_its_row_and_then_over_the_rows(problem, changes):
@@ -58,46 +55,6 @@ def test_the_loss_is_every_targets_averaged_in_its_row_and_then_over_the_rows(pr
     assert train.loss_of(model, problem.train).item() == pytest.approx(sum(losses) / 4, abs=1e-5)
     alone = [train.loss_of(model, batch).item() for batch in data.batches(problem.train, torch.arange(4).split(1))]
     assert alone == pytest.approx(losses, abs=1e-5)
-
-
-def test_every_target_pulls_on_the_prompt_and_nothing_else_does(problem):
-    model, labels = built(problem), problem.train.labels
-    model.gpt.requires_grad_(False)
-
-    def pull(split):
-        model.zero_grad()
-        train.loss_of(model, split).backward()
-        return model.prompt.soft_prompt.grad.clone()
-
-    start = pull(problem.train)
-    for row, i in (labels >= 0).nonzero().tolist():                    # another target: another gradient
-        changed = labels.clone()
-        changed[row, i] = (changed[row, i] + 1) % 300
-        assert (pull(dataclasses.replace(problem.train, labels=changed)) - start).abs().max() > 1e-6
-    tokens = problem.train.tokens.clone()
-    for row, length in zip(tokens, problem.train.lengths):
-        row[length:] = 7                                               # padding pulls on nothing
-    assert torch.allclose(pull(dataclasses.replace(problem.train, tokens=tokens)), start, atol=1e-7)
-    wider = F.pad(labels, (0, 9), value=-100)
-    assert torch.allclose(pull(dataclasses.replace(problem.train, labels=wider)), start, atol=1e-7)
-    assert all(p.grad is None for p in model.gpt.parameters()) and set(model.trained()) == {
-        f"prompt.{name}" for name, _ in model.prompt.named_parameters()}
-
-
-# --- generation ------------------------------------------------------------------------------------------------
-
-
-def test_a_batch_of_unequal_rows_is_generated_as_its_rows_alone_each_up_to_the_first_token_that_ends_it():
-    torch.manual_seed(0)
-    gpt = GPT(GPTConfig(31, 60, 12, 3, 2, initializer_range=0.5)).double().requires_grad_(False)
-    embeds, lengths = torch.randn(5, 20, 12).double(), torch.tensor([20, 3, 11, 1, 7])
-    alone = [gpt.generate(row[None, :length], 40)[0] for row, length in zip(embeds, lengths)]  # see test_pretrained.py
-    together, ends = gpt.generate(embeds, 40, lengths), torch.tensor([alone[0][4], alone[1][9]])
-    assert together.unique().numel() > 3 and torch.equal(together, torch.stack(alone))
-    for row, tokens in zip(alone, gpt.generate(embeds, 40, lengths, ends)):
-        stops = torch.isin(row, ends).nonzero().flatten().tolist()
-        length = stops[0] + 1 if stops else 40
-        assert torch.equal(tokens[:length], row[:length]) and set(tokens[length:].tolist()) <= {ends[0].item()}
 
 
 @pytest.mark.parametrize("method", ["lopa", "adept", "dept"])
@@ -115,7 +72,7 @@ def test_what_is_generated_is_the_likeliest_token_each_time_in_training_s_own_re
         assert torch.equal(row[upto], choices[upto])
 
 
-def test_an_answer_is_decoded_up_to_its_end_mark_or_line_end(tiny):
+def test_an_answer_is_decoded_up_to_its_end_mark_and_one_that_does_not_fit_is_never_right(tiny):
     tokenizer = tiny[1]
     encoded = data.encode_answer(REWRITE, " It was good .", tokenizer)
     assert encoded.tolist()[4:] == [tokenizer.eot_token, -100, -100, -100]
@@ -123,6 +80,13 @@ def test_an_answer_is_decoded_up_to_its_end_mark_or_line_end(tiny):
     long = data.encode_answer(REWRITE, " It was good" * 9, tokenizer)
     assert len(long) == 8 and (long >= 0).all()                        # cut, so without an end mark
     assert data.decode_answer(REWRITE, torch.tensor([tokenizer.eot_token] * 8), tokenizer) == ""
+    lines, (good,) = dataclasses.replace(REWRITE, one_line=False), tokenizer.encode_ordinary(" good")
+    behind = torch.tensor([good, tokenizer.eot_token, good])           # a model may go on behind the end mark
+    assert data.decode_answer(lines, behind, tokenizer) == " good"
+    task, texts = dataclasses.replace(REWRITE, max_answer=4), [" It was", " It was good ."]
+    split = data.encode(task, [({"sentence": "the plot works"}, text) for text in texts], tokenizer, 100)
+    assert split.cut.tolist() == [False, True]                         # what did not fit is counted, and is never right
+    assert data.right(task, split.labels, split.labels, tokenizer).tolist() == [True, False]
 
 
 @pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="TIKTOKEN_CACHE_DIR does not name GPT-2's two files")
@@ -137,15 +101,11 @@ def test_with_gpt2s_tokenizer_a_line_end_ends_what_has_one_line_and_the_end_mark
     assert data.decode_answer(one, encoded, tokenizer) == "\treturn 1"
 
 
-# --- scores, and files -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("given, wanted, right", [
-    ("[1, 2]", "[1,2]", True), (" 'a'", '"a"', True), ("{'a': 1, 'b': 2}", "{'b': 2, 'a': 1}", True), ("{1, 2}", "{2, 1}", True),
-    ("1", "1.0", False), ("True", "1", False), ("{'a': (1,)}", "{'a': [1]}", False), ("{1: 0}", "{True: 0}", False),
-    ("'1'", "1", False), ("b'a'", "'a'", False), ("'a b'", "'a  b'", False), ("-1", "1", False), ("print(1)", "None", False),
-    ("1 1", "1", False), ("[" * 900, "[]", False), ("{[]: 1}", "1", False), ("'\\d'", "'\\\\d'", True),
-    ("a\0", "1", False), ("1" * 5000, "1", False), ("exit()", "exit()", True), ("exit()", "1", False),      # nothing is run
+    ("[1, 2]", "[1,2]", True), (" 'a'", '"a"', True), ("{1: 2, 'b': 2}", "{'b': 2, 1: 2}", True), ("nan", "nan", True),
+    ("{1, 'a', (2,)}", "{(2,), 'a', 1}", True), ("{None: {1}}", "{None: {1}}", True), ("1", "1.0", False), ("1", "True", False),
+    ("{'a': (1,)}", "{'a': [1]}", False), ("{1: 0}", "{True: 0}", False), ("'a b'", "'a  b'", False), ("1 1", "1", False),
+    ("[" * 900, "[]", False), ("'\\d'", "'\\\\d'", True), ("exit()", "1", False),      # nothing is run
 ])
 def test_an_output_is_right_if_value_and_types_are_and_an_input_if_its_text_is(given, wanted, right, recwarn):
     assert data.same_answer(data.TASKS["cruxeval_o"], given, wanted) == right and not recwarn.list
@@ -190,8 +150,6 @@ def test_a_task_with_a_file_for_each_split_is_split_so_and_its_answers_keep_thei
 @pytest.mark.parametrize("line, message", [
     ('{"code": "x", "input": "1"}', "line 2: no text 'output', only code, input"),
     ('{"code": "x", "input": "1", "output": 5}', "line 2: no text 'output', only"),
-    ("[1]", "line 2: not readable as a JSON object"),
-    ("[" * 10**5, "line 2: not readable as a JSON object"),
     ("no JSON", "line 2: not readable as a JSON object"),
 ])
 def test_a_bad_line_is_refused_with_file_and_line_and_what_is_missing(tmp_path, line, message):
@@ -204,13 +162,11 @@ def test_a_bad_line_is_refused_with_file_and_line_and_what_is_missing(tmp_path, 
         data.load_task("cruxeval_o", str(tmp_path))
 
 
-@pytest.mark.parametrize("change", [dict(label_words={"a": " b"}, label_names=("a",)), dict(max_answer=1), dict(answer="")])
-def test_a_task_has_either_label_words_or_an_answer_with_a_limit(change):
+@pytest.mark.parametrize("change", [dict(label_words={"a": " b"}, label_names=("a",)), dict(max_answer=1), dict(answer=""),
+                                    dict(template="{sentence} . It was ")])
+def test_a_task_has_either_label_words_or_an_answer_with_a_limit_and_no_blank_at_its_templates_end(change):
     with pytest.raises(ValueError, match="task rewrite: "):
         dataclasses.replace(REWRITE, **change)
-
-
-# --- the sample and the command line ---------------------------------------------------------------------------
 
 
 def test_the_verdict_follows_from_the_words_and_the_frozen_model_has_read_all_of_its_own():

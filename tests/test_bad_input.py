@@ -67,43 +67,33 @@ def unchanged(place, refused):
 @pytest.mark.parametrize("line, words", [
     # a value that is none
     ("--task sst3", "argument --task: invalid choice: 'sst3'"),
-    ("--task sst2 --method lora2", "argument --method: invalid choice: 'lora2'"),
     ("--task sst2 --ran 3", "unrecognized arguments: --ran 3"),
     ("--task sst2 --fusion add", "unrecognized arguments: --fusion add"),      # a field without a flag
-    ("--task sst2 --quiet=yes", "argument --quiet: ignored explicit argument 'yes'"),
     ("--task sst2 --epochs 1.5", "argument --epochs: invalid int value: '1.5'"),
     ("--task sst2 --rank 0", " 0 is not between"),
-    ("--task sst2 --seed -1", " -1 is not between 0 and"),
     ("--task sst2 --lr nan", " nan is not between"),
     ("--task sst2 --dropout 1", " 1.0 is not between 0 and 0.99"),
     # no effect on this method or command, or a combination that cannot be
     ("", "name a task: --task "),
     ("--task sst2 --method pt --rank 2", "--rank has no effect with --method pt"),
-    ("--task sst2 --method lora --num-virtual-tokens 5", "--num-virtual-tokens has no effect with --method lora"),
-    ("--task sst2 --method dpt --init-text good", "--init-text needs a word in it, and a method whose prompt can start as words"),
-    ("--task sst2 --init-text=", "--init-text needs a word in it"),
+    ("--task sst2 --method dpt --init vocab", "a start as 10 tokens: it takes a word, at most 10 tokens and a method whose"),
     ("--adapter run", "--predict TEXT and --adapter DIR go together"),
     ("--adapter run --predict x --seed 3", "--seed is the run's in run: leave it out"),
     ("--resume cut --rank 3", "--rank is the run's in cut: leave it out"),
     ("--resume run --out other", "--out is the run's in run: leave it out"),
     # folders that are not there, or not free
-    ("--resume nowhere", "nowhere/checkpoint.pt"), ("--resume empty", "empty/checkpoint.pt"),
-    ("--adapter nowhere --predict x", "nowhere/adapter.pt"), ("--adapter cut --predict x", "cut/adapter.pt"),
+    ("--resume empty", "empty/checkpoint.pt"), ("--adapter cut --predict x", "cut/adapter.pt"),
     ("--task sst2 --out run", "--out: run is not empty: name a new folder"),
-    ("--task sst2 --out file/run", "file"), ("--task sst2 --out file", "file"), ("--task sst2 --cache file/cache", "file/cache"),
+    ("--task sst2 --out file", "file"), ("--task sst2 --cache file/cache", "file/cache"),
     # models and data that are not there, or too small
-    ("--task sst2 --model gpt3", "there is no folder gpt3: name tiny or a folder with a GPT-2"),
-    ("--task sst2 --encoder gpt3", "there is no folder gpt3"),
-    ("--task sst2 --data glue --model empty", "empty does not hold config.json and model.safetensors"),
+    ("--task sst2 --encoder gpt3", "there is no folder gpt3: name tiny or a folder with a GPT-2"),
     ("--task sst2 --encoder-blocks 3", "the encoder has 2 blocks, h cannot be read after 3: name 0 to 2"),
     ("--task sst2 --data nowhere", "nowhere/SST-2/train.tsv not found: --data names the folder"),
     ("--task sst2 --data bad", "bad/SST-2/train.tsv, line 3: label 'maybe' is none of 0, 1"),   # all rules: test_data.py
     ("--task sst2 --model gpt", "gpt/model.safetensors cannot be read"),       # test_pretrained.py
     ("--task mnli", "task mnli has no built-in sample"),
-    ("--task sst2 --max-train 1", "1 training row, but h is scaled by a deviation, which takes 2"),
-    ("--task sst2 --num-virtual-tokens 128", "128 prompt tokens leave no room for text in a context of 128"),
-    ("--task rewrite --num-virtual-tokens 120", "128 prompt and answer tokens leave no room"),
     ("--task sst2 --num-virtual-tokens 126", "needs more than the 2 tokens the context leaves"),
+    ("--task rewrite --num-virtual-tokens 120", "needs more than the 0 tokens the context leaves"),
     ("--task sst2 --data glue --lr 1e9 --method full", "not finite: start again with a lower --lr"),
 ])
 def test_what_is_typed_wrongly(unchanged, line, words):
@@ -127,29 +117,35 @@ class Code:
 
 
 def change(key, **values):
-    """A function of an adapter's or a checkpoint's path: entries of its content's `key` get these values, or with None go."""
+    """A function of an adapter's or a checkpoint's path: entries of its content, or of that's `key`, get these values."""
     def write(path):
         state = torch.load(path, weights_only=True)
-        part = state[key] if key else state
-        part.update(values)
-        for name in [name for name, value in values.items() if value is None]:
-            del part[name]
+        (state[key] if key else state).update(values)
         torch.save(state, path)
 
     return write
+
+
+def flip_a_bit(path):
+    """Of a trained number: torch.load alone reads it."""
+    content, prompt = bytearray(path.read_bytes()), torch.load(path, weights_only=True)["tensors"][PROMPT]
+    content[content.index(prompt.numpy().tobytes())] ^= 4
+    path.write_bytes(content)
 
 
 PROMPT = "prompt.soft_prompt"
 DAMAGE = [  # (done to an adapter or a checkpoint, words)
     (lambda path: path.write_bytes(b""), "is damaged, or no file of this program"),
     (lambda path: path.write_bytes(path.read_bytes()[:-100]), "is damaged, or no file of this program"),
+    (flip_a_bit, "is damaged, or no file of this program"),
     (lambda path: torch.save(Code(), path), "is damaged, or no file of this program"),
     (lambda path: path.unlink() or path.mkdir(), "Is a directory"),
     (change(None, format=4), "is of format 4 and not 5: train again"),
-    (change("tensors", **{PROMPT: None}), f"{PROMPT} is not there and should be [3, 64] of torch.float32"),
+    (change(None, tensors={}), "is not there and should be ["),
     (change("tensors", extra=torch.zeros(1)), "extra is [1] of torch.float32 and should be not there"),
     (change("tensors", **{PROMPT: torch.zeros(2, 64)}), "is [2, 64] of torch.float32 and should be [3, 64] of torch.float32"),
-    (change("tensors", **{PROMPT: torch.full((3, 64), float("nan"))}), "is not finite"),
+    (change("tensors", **{PROMPT: torch.zeros(3, 64).double()}), "is [3, 64] of torch.float64 and should be"),
+    (change("tensors", **{PROMPT: torch.full((3, 64), float("nan"))}), "should be [3, 64] of torch.float32, all finite"),
     (change("made_of", fingerprint="0123456789ab"), "another model"),
     (change("config", model="nowhere"), "there is no folder nowhere"),
 ]

@@ -13,19 +13,19 @@ import pytest
 import data
 from experiments import download
 
+DOWNLOAD = dict(main=download.main, program="download")
 TABLE = "sentence\tlabel\na fine film\t1\na dull film\t0\n"
 
 
 @pytest.fixture
 def server(monkeypatch):
-    """Answers /NAME with server.files["/NAME"]: bytes, (bytes, how many of them come), or a status."""
+    """Answers /NAME with server.files["/NAME"], (bytes, how many of them come); None is all."""
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             self.server.asked.append(self.path)
-            content = self.server.files.get(self.path, 404)
-            if isinstance(content, int):
-                return self.send_error(content)
-            content, sent = content if isinstance(content, tuple) else (content, None)
+            content, sent = self.server.files.get(self.path, (None, None))
+            if content is None:
+                return self.send_error(404)
             self.send_response(200)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
@@ -46,7 +46,7 @@ def server(monkeypatch):
 
 def offer(server, monkeypatch, name, files, sha256=True):
     """The files of `name`, {file: content}, are on the server, and these are their addresses."""
-    server.files |= {f"/{file}": content for file, content in files.items()}
+    server.files |= {f"/{file}": (content, None) for file, content in files.items()}
     monkeypatch.setitem(download.SOURCES, name, {file: (
         f"{server.url}/{file}", hashlib.sha256(content).hexdigest() if sha256 else None)
         for file, content in files.items()})
@@ -58,15 +58,6 @@ def zipped(**members):
         for name, text in members.items():
             archive.writestr(f"SST-2/{name}.tsv", text)
     return memory.getvalue()
-
-
-def refused(capsys, *argv):
-    """The command line fails with exit code 2 and one line of error, the last one under torch's progress bar."""
-    with pytest.raises(SystemExit) as stop:
-        download.main([str(word) for word in argv])
-    *_, line = re.split("[\r\n]+", capsys.readouterr().err.strip())
-    assert stop.value.code == 2 and line.startswith("download: error: ")
-    return line
 
 
 def test_a_zip_becomes_what_train_py_reads_and_what_is_there_is_kept(server, tmp_path, monkeypatch, capsys):
@@ -95,28 +86,28 @@ def test_answers_and_weights_get_their_names_and_the_command_names_all_of_it(ser
 
 
 @pytest.mark.parametrize("content, sha256, message", [
-    (404, False, "HTTP Error 404: Not Found"),
+    ((None, None), False, "HTTP Error 404: Not Found"),
     ((b"abcdef", 4), False, "4 of 6 bytes came"),                      # where no sha256 is known
-    (b"other", True, 'invalid hash value (expected "'),
+    ((b"other", None), True, 'invalid hash value (expected "'),
 ])
 def test_what_does_not_come_whole_is_refused_in_one_line_and_leaves_nothing(
-        server, tmp_path, monkeypatch, capsys, content, sha256, message):
+        server, tmp_path, monkeypatch, refused, content, sha256, message):
     offer(server, monkeypatch, "gpt2", {"gpt2/config.json": b"abcdef"}, sha256)
     server.files["/gpt2/config.json"] = content
-    line = refused(capsys, "gpt2", "--to", tmp_path)
+    line = refused("gpt2", "--to", tmp_path, **DOWNLOAD)
     assert line.startswith(f"download: error: {server.url}/gpt2/config.json: {message}")
     assert line.endswith(f"try again, or save the file as {tmp_path / 'gpt2' / 'config.json'} yourself")
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_a_damaged_zip_nobody_there_and_an_unknown_name_are_one_line(server, tmp_path, monkeypatch, capsys):
+def test_a_damaged_zip_nobody_there_and_an_unknown_name_are_one_line(server, tmp_path, monkeypatch, refused):
     offer(server, monkeypatch, "sst2", {"SST-2.zip": zipped(train=TABLE)})
-    assert "SST-2.zip cannot be read" in refused(capsys, "sst2", "--to", tmp_path)     # without dev.tsv
+    assert "SST-2.zip cannot be read" in refused("sst2", "--to", tmp_path, **DOWNLOAD)     # without dev.tsv
     monkeypatch.setitem(download.SOURCES, "gpt2", {"config.json": ("http://127.0.0.1:9/config.json", None)})
-    assert "http://127.0.0.1:9/config.json: " in refused(capsys, "gpt2", "--to", tmp_path)
+    assert "http://127.0.0.1:9/config.json: " in refused("gpt2", "--to", tmp_path, **DOWNLOAD)
     (tmp_path / "file").touch()
-    assert "config.json: [Errno 17] File exists" in refused(capsys, "gpt2", "--to", tmp_path / "file")
-    assert "invalid choice: 'mrpc'" in refused(capsys, "mrpc")
+    assert "config.json: [Errno 17] File exists" in refused("gpt2", "--to", tmp_path / "file", **DOWNLOAD)
+    assert "invalid choice: 'mrpc'" in refused("mrpc", **DOWNLOAD)
 
 
 def test_every_source_is_a_model_or_the_files_of_a_task_at_an_https_address_with_its_sha256():

@@ -1,4 +1,4 @@
-"""experiments/evidence.py: the controls, the probes on h, the rows held out, and what they show on the sample."""
+"""experiments/evidence.py: the controls, the probes on h, and the rows held out. What they show: tutorial.md."""
 
 import dataclasses
 
@@ -12,10 +12,8 @@ from experiments import evidence
 from model import InstanceEncoder
 
 
-def prepared(flags=""):
-    """(configuration of a command line, its problem)."""
-    typed = vars(train.build_parser().parse_args(["--task", "sst2", "--quiet", *flags.split()]))
-    return (config := train.Config(**typed)), train.prepare(config)
+def prepared(rows):
+    return train.prepare(train.Config("sst2", max_train=rows, quiet=True))
 
 
 def splits(problem):
@@ -30,7 +28,7 @@ def split_of(h, labels=None):
 
 
 def test_with_the_constant_control_every_h_is_the_training_splits_mean(tiny):
-    _, own = prepared("--max-train 60")
+    own = prepared(60)
     assert torch.allclose(own.train.instances.mean(dim=0), torch.zeros(64), atol=1e-5)
     for split, without in zip(splits(evidence.controlled(own, "constant")), splits(own)):
         assert split.instances.shape == (len(without), 64) and not split.instances.any() and without.instances.any()
@@ -46,12 +44,14 @@ def test_with_the_shuffled_control_nobody_keeps_his_own_h(N):
         for shuffled in splits(evidence.controlled(own, "shuffled", seed)):
             assert not (shuffled.instances == split.instances).all(dim=1).any()
             assert torch.equal(shuffled.instances.sort(dim=0).values, split.instances.sort(dim=0).values)
+    with pytest.raises(ValueError, match="control shuffled: a single row has no other text's h"):
+        evidence.controlled(dataclasses.replace(own, tests={"a": split[:1]}), "shuffled")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lopa", "pt", "lora"])
 def test_a_blind_model_reads_the_prompt_and_the_ending_alone_from_first_to_last(tiny, monkeypatch, method):
-    config, own = prepared(f"--max-train 60 --epochs 1 --method {method}")
+    config, own = train.Config("sst2", method, epochs=1, quiet=True), prepared(60)
     blind = evidence.controlled(own, "blind")
     for split, without in zip(splits(blind), splits(own)):
         assert torch.equal(split.instances, without.instances) and torch.equal(split.labels, without.labels)
@@ -70,22 +70,25 @@ def test_a_blind_model_reads_the_prompt_and_the_ending_alone_from_first_to_last(
 
 
 def test_the_blind_control_is_refused_where_the_text_comes_last(tiny):
-    _, own = prepared("--max-train 20")
+    own = prepared(20)
     ends_with_the_text = dataclasses.replace(own, task=dataclasses.replace(own.task, template="It was {sentence}"))
     with pytest.raises(ValueError, match="control blind: the task has nothing after its text"):
         evidence.controlled(ends_with_the_text, "blind")
 
 
 @pytest.mark.parametrize("label", [lambda i: i >= 24, lambda i: i % 4 == 0])    # sorted; every fourth
-def test_rows_held_out_have_each_labels_share_whatever_the_order_and_are_always_the_same(label):
-    labels = torch.tensor([int(label(i)) for i in range(32)])
-    whole = train.Problem(None, None, None, split_of(torch.arange(32.0)[:, None], labels), {"dev": split_of(torch.zeros(5, 1))})
+def test_rows_held_out_have_each_labels_share_are_always_the_same_and_are_not_in_the_scale_of_h(label):
+    split, row = split_of(torch.randn(32, 4), torch.tensor([int(label(i)) for i in range(32)])), torch.arange(32)
+    split = dataclasses.replace(split, tokens=row[:, None], cut=row % 3 == 0)
+    whole = train.Problem(None, None, None, split, {"dev": split_of(torch.zeros(5, 4))}, ids={"dev": [7] * 5})
     problem, again = evidence.hold_out(whole, 8), evidence.hold_out(whole, 8)
-    assert list(problem.tests) == ["held-out training rows"]           # and dev is not in it
-    shares = labels.bincount() // 4
+    assert list(problem.tests) == ["held-out training rows"] and problem.ids == {}     # dev is not in it
+    shares = split.labels.bincount() // 4
     assert torch.equal(problem.test.labels.bincount(), shares) and torch.equal(problem.train.labels.bincount(), 3 * shares)
-    rows = torch.cat([split.instances for split in splits(problem)])
-    assert sorted(rows.flatten().tolist()) == list(range(32)) and torch.equal(problem.test.instances, again.test.instances)
+    rows = torch.cat([split.tokens[:, 0] for split in splits(problem)])
+    assert torch.equal(rows.sort().values, row) and torch.equal(problem.test.tokens, again.test.tokens)
+    assert torch.equal(torch.cat([split.cut for split in splits(problem)]), rows % 3 == 0)
+    assert torch.allclose(problem.train.instances.mean(dim=0), torch.zeros(4), atol=1e-6)
     with pytest.raises(ValueError, match="31 of 32 rows cannot be held out"):
         evidence.hold_out(whole, 31)
 
@@ -122,29 +125,8 @@ def test_the_kinds_of_sentences_are_told_from_their_words(tiny):
                        ("although the music is warm , the script drags", "contrast"),
                        ("the plot is not dull , but the cast is not good", "negated contrast")):
         assert evidence.kind_of_sentence({"sentence": text}) == kind
-    _, problem = prepared("--max-train 20")
+    problem = prepared(20)
     kinds, labels = evidence.kinds(problem), problem.test.labels
     scores = torch.nn.functional.one_hot(torch.where(torch.tensor([kind == "plain" for kind in kinds]), labels, 1 - labels))
     assert evidence.accuracy_by_kind(problem, scores) == {"plain": 1, "negated": 0, "contrast": 0, "negated contrast": 0}
     assert not evidence.kinds(evidence.hold_out(problem, 8))
-
-
-@pytest.mark.slow
-def test_prompt_and_frozen_model_together_do_what_neither_does_alone(quickstart):
-    """The claim of the project on its sample, one seed; README.md has five, and the tables of three pre-trainings."""
-    _, whole = prepared()
-    adapter = train.load_state(quickstart[0] / "adapter.pt")
-    scores = {"lopa": train.predict(train.restore(adapter, whole.gpt, whole.encoder, whole.label_ids), whole.test)}
-    for name in ("pt", "constant", "blind"):
-        config = train.Config("sst2", "pt" if name == "pt" else "lopa", epochs=3, quiet=True)
-        problem = evidence.controlled(whole, name if name in evidence.CONTROLS else None)
-        adapted = train.build(config, problem)
-        train.fit(config, adapted, problem)
-        scores[name] = train.predict(adapted, problem.test)
-    accuracy = {name: whole.accuracy(of, whole.test) for name, of in scores.items()}
-    before = evidence.baselines(train.Config("sst2", quiet=True), whole)
-    assert accuracy["lopa"] == quickstart[1]["accuracy"] > 0.92
-    assert max(*list(accuracy.values())[1:], before["hidden_layer_probe"], before["zero_shot"]) < accuracy["lopa"] - 0.12
-    kinds = {name: evidence.accuracy_by_kind(whole, of) for name, of in scores.items()}
-    assert min(kinds["lopa"].values()) > 0.75                          # negated contrasts need both sides
-    assert kinds["blind"]["negated"] > 0.9 > 0.65 > kinds["blind"]["contrast"]     # h does not know the last word

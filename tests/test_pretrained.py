@@ -26,19 +26,15 @@ def stored(prefix=True, extras=True) -> dict:
             if extras or not name.endswith(("lm_head.weight", ".attn.bias", ".attn.masked_bias"))}
 
 
-def safetensors_parts(tensors: dict) -> tuple[dict, bytes]:
-    """(header, the numbers behind it)"""
+def safetensors_bytes(tensors: dict, blanks: int = 0) -> bytes:
+    """A file's content: how long the header is, the header, with blanks behind it, and the numbers."""
     header, numbers = {}, b""
     for name, tensor in tensors.items():
         raw = tensor.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
         header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape),
                         "data_offsets": [len(numbers), len(numbers) + len(raw)]}
         numbers += raw
-    return header, numbers
-
-
-def safetensors_bytes(header, numbers: bytes = b"") -> bytes:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    text = json.dumps(header).encode() + b" " * blanks
     return len(text).to_bytes(8, "little") + text + numbers
 
 
@@ -47,7 +43,7 @@ def write_model(folder: Path, tensors: dict, kind: str = "safetensors", **config
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG | config))
     if kind == "safetensors":
-        (folder / "model.safetensors").write_bytes(safetensors_bytes(*safetensors_parts(tensors)))
+        (folder / "model.safetensors").write_bytes(safetensors_bytes(tensors))
     else:
         torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=kind != "bin of 2019")
     return folder
@@ -59,9 +55,6 @@ def refusal(function, *arguments) -> str:
         function(*arguments)
     assert caught.type is ValueError and len(str(caught.value).splitlines()) == 1
     return str(caught.value)
-
-
-# --- what the model computes -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["bare", "prefixed"])
@@ -111,27 +104,30 @@ def test_loaded_weights_can_be_trained_and_the_file_keeps_its_own(tmp_path):
 
 
 def test_numbers_that_begin_at_an_odd_byte_as_those_of_gpt2_do_are_copied_to_an_even_one(tmp_path):
-    header, numbers = safetensors_parts(stored())
-    text = json.dumps(header)
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(safetensors_bytes((text + " " * (len(text) % 2 == 0)).encode(), numbers))
-    for name, tensor in read_safetensors(path):
-        assert tensor.data_ptr() % tensor.itemsize == 0
-        assert torch.equal(tensor, stored()[name])
+    for blanks in range(4):                                            # so at an even one, too
+        (tmp_path / "model.safetensors").write_bytes(safetensors_bytes(stored(), blanks))
+        for name, tensor in read_safetensors(tmp_path / "model.safetensors"):
+            assert tensor.data_ptr() % tensor.itemsize == 0
+            assert torch.equal(tensor, stored()[name])
 
 
-# --- generation ------------------------------------------------------------------------------------------------
-
-
-def test_generation_after_a_soft_prompt_equals_a_full_forward_pass_for_every_token():
+def test_every_row_is_generated_as_alone_with_a_whole_pass_for_each_token_and_up_to_the_first_that_ends_it():
     torch.manual_seed(0)
-    gpt = GPT(GPTConfig(31, 24, 12, 3, 2, initializer_range=0.5)).double().requires_grad_(False)
-    embeds = torch.cat([torch.randn(3, 4, 12).double(), gpt.embed(torch.randint(31, (3, 5)))], dim=1)
-    new_tokens = gpt.generate(embeds, 15)
-    assert new_tokens.unique().numel() > 3                             # or a constant would pass
-    for t in range(15):
-        full = torch.cat([embeds, gpt.embed(new_tokens[:, :t])], dim=1)
-        assert torch.equal(gpt.logits(gpt.hidden(full)[:, -1]).argmax(dim=-1), new_tokens[:, t])
+    gpt = GPT(GPTConfig(31, 60, 12, 3, 2, initializer_range=0.5)).double().requires_grad_(False)
+    embeds, lengths, alone = torch.randn(6, 20, 12).double(), torch.tensor([20, 7, 7, 1, 7, 11]), []
+    for row, length in zip(embeds, lengths):
+        read, tokens = row[None, :length], []
+        for _ in range(30):
+            tokens.append(gpt.logits(gpt.hidden(read)[:, -1]).argmax(dim=-1))
+            read = torch.cat([read, gpt.embed(tokens[-1][None])], dim=1)
+        alone.append(torch.cat(tokens))
+    assert torch.stack(alone).unique().numel() > 3                     # or a constant would pass
+    assert torch.equal(gpt.generate(embeds, 30, lengths), torch.stack(alone))
+    ends = torch.stack([alone[1][4], alone[2][9]])
+    stops = [[*torch.isin(row, ends).nonzero().flatten().tolist(), 29][0] for row in alone]
+    assert len({stops[i] for i in (1, 2, 4)}) > 1                      # of one length: one is over while another goes on
+    for row, stop, tokens in zip(alone, stops, gpt.generate(embeds, 30, lengths, ends)):
+        assert torch.equal(tokens[:stop + 1], row[:stop + 1]) and (tokens[stop + 1:] == ends[0]).all()
 
 
 def test_generation_up_to_the_end_of_the_context_works_and_one_token_more_is_refused_with_the_numbers():
@@ -143,9 +139,6 @@ def test_generation_up_to_the_end_of_the_context_works_and_one_token_more_is_ref
     assert "11 tokens > context 10" in refusal(gpt.hidden, torch.zeros(2, 4, 4), None, past)
 
 
-# --- files that are missing, damaged or of another model --------------------------------------------------------
-
-
 def test_a_folder_is_named_by_a_string_too_and_one_without_a_file_is_refused(tmp_path):
     assert GPT.from_pretrained(str(FIXTURES / "bare")).config.n_embd == 20
     for file in ("config.json", "model.safetensors"):
@@ -155,30 +148,26 @@ def test_a_folder_is_named_by_a_string_too_and_one_without_a_file_is_refused(tmp
         assert all(word in message for word in (str(tmp_path), "config.json", "pytorch_model.bin", "several files (shards)"))
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "bin"])
 @pytest.mark.parametrize("name, tensor, words", [
     ("transformer.h.2.mlp.c_fc.bias", None, 'Missing key(s) in state_dict: "h.2.mlp.c_fc.bias"'),
     ("transformer.h.3.ln_1.weight", torch.ones(20), 'Unexpected key(s) in state_dict: "h.3.ln_1.weight"'),
     ("transformer.wpe.weight", torch.ones(41, 20), "wpe.weight: copying a param with shape torch.Size([41, 20])"),
-    ("transformer.h.1.attn.c_attn.weight", torch.ones(60, 20), "the shape in current model is torch.Size([60, 20])"),
+    ("transformer.ln_f.weight", torch.full((20,), float("nan")), "'ln_f.weight' has numbers that are not finite"),
     ("transformer.ln_f.bias", torch.ones(20, dtype=torch.bool), 'Missing key(s) in state_dict: "ln_f.bias"'),
     ("lm_head.weight", torch.ones(97, 20), 'Unexpected key(s) in state_dict: "lm_head.weight"'),
 ])
-def test_a_tensor_that_does_not_belong_is_named(tmp_path, kind, name, tensor, words):
+def test_a_tensor_that_does_not_belong_or_is_not_finite_is_named(tmp_path, name, tensor, words):
     tensors = stored() | {name: tensor}
     if tensor is None:
         del tensors[name]
-    message = refusal(GPT.from_pretrained, write_model(tmp_path, tensors, kind))
+    message = refusal(GPT.from_pretrained, write_model(tmp_path, tensors))
     assert words in message and str(tmp_path) in message
 
 
 @pytest.mark.parametrize("name, value, words", [
-    *(("n_embd", value, "no size of a GPT-2") for value in (None, 0, -1, True, 4.0, "4", 10**9)),
-    ("n_head", 3, "n_head is 3, no size of a GPT-2"),
-    *((name, None, f"{name} is None, no size of a GPT-2") for name in ("vocab_size", "n_positions", "n_layer", "n_head")),
-    ("model_type", "gpt_neo", "model_type is not 'gpt2'"), ("activation_function", "relu", "is not 'gelu_new'"),
+    *(("n_embd", value, "no size of a GPT-2") for value in (None, 0, True, 4.0, "4", 10**9)),
+    ("n_head", 3, "n_head is 3, no size of a GPT-2"), ("model_type", "gpt_neo", "model_type is not 'gpt2'"),
     ("n_inner", 81, "n_inner is not 80"), ("scale_attn_weights", False, "scale_attn_weights is not True"),
-    ("scale_attn_by_inverse_layer_idx", True, "scale_attn_by_inverse_layer_idx is not False"),
 ])
 def test_a_config_of_another_model_or_of_absurd_sizes_is_refused(tmp_path, name, value, words):
     message = refusal(GPT.from_pretrained, write_model(tmp_path, stored(), **{name: value}))
@@ -190,7 +179,7 @@ def test_a_config_may_leave_out_what_has_a_default_and_has_to_be_a_json_object(t
     sizes = {name: CONFIG[name] for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")}
     path.write_text(json.dumps(sizes | {"n_inner": 80}))               # the usual inner width
     assert GPT.from_pretrained(tmp_path).config.layer_norm_epsilon == 1e-5
-    for text in (b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000):
+    for text in (b"{", b"[]", b"\xff\xfe", b"[" * 100_000):
         path.write_bytes(text)
         assert "config.json" in refusal(GPT.from_pretrained, tmp_path)
 
@@ -208,51 +197,14 @@ def test_a_bin_file_of_anything_but_tensors_is_refused_and_not_run(tmp_path, cap
     assert "pytorch_model.bin" in refusal(GPT.from_pretrained, tmp_path) and not capsys.readouterr().out
 
 
-def test_a_git_lfs_pointer_and_a_name_of_two_lines_are_one_line_that_says_what_to_do(tmp_path):
-    odd = {"line\nbreak\u2028": {"dtype": "I8", "shape": [24], "data_offsets": [0, 24]}}
-    for content in (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\n", safetensors_bytes(odd, bytes(24))):
-        (write_model(tmp_path, {}) / "model.safetensors").write_bytes(content)
-        message = refusal(GPT.from_pretrained, tmp_path)
-        assert f"{tmp_path}/model.safetensors cannot be read (" in message and "git lfs" in message
-
-
 def mutated(rng: random.Random, content: bytes) -> bytes:
-    """A safetensors file with one random thing wrong, or, rarely, with a change that does not matter."""
-    length = int.from_bytes(content[:8], "little")
-    text, numbers = content[8:8 + length], content[8 + length:]
-    header = json.loads(text)
-    entry = header[rng.choice([name for name in header if name != "__metadata__"])]
-    numeral = rng.choice([0, -1, 1, 4, 7, len(numbers), len(content), 2**31, 2**63, 10**30, 1.5, True, None, "4", []])
-    field = rng.choice(["shape", "data_offsets"])
-    kind = rng.randrange(10)
-    if kind == 0:
+    """A safetensors file that is cut off, or has a few bits of its header turned round, which does not always matter."""
+    if rng.random() < 0.2:
         return content[:rng.randrange(len(content))]
-    if kind == 1:
-        wrong = rng.choice([0, 1, length - 1, length + 1, len(content), 2**20, 2**31, 2**64 - 1, rng.getrandbits(64)])
-        return wrong.to_bytes(8, "little") + text + numbers
-    if kind == 2:
-        flipped = bytearray(content)
-        for _ in range(rng.randint(1, 4)):
-            flipped[rng.randrange(8 + length)] ^= 1 << rng.randrange(8)
-        return bytes(flipped)
-    if kind == 3:
-        junk = [b"null", b"NaN", b"\xff\xfe", b"[" * rng.randint(1, 200_000), text[:-5], text * 2,
-                b'{"a":' * rng.randint(1, 20_000), text.replace(b"}", b",}"), rng.randbytes(200)]
-        return safetensors_bytes(rng.choice(junk), numbers)
-    if kind == 4:
-        entry[field][rng.randrange(len(entry[field]))] = numeral
-    elif kind == 5:
-        entry[field] = rng.choice([numeral, [], {}, [numeral] * 2, [0, numeral], [numeral] * 100, entry[field][::-1],
-                                   entry[field] + [2], "F32"])
-    elif kind == 6:
-        entry["dtype"] = rng.choice(["F16", "BF16", "F64", "I64", "BOOL", "U8", "F8_E5M2", "\n", numeral, ["F32"], {}])
-    elif kind == 7:
-        del entry[rng.choice(["dtype", "shape", "data_offsets"])]
-    elif kind == 8:                                                    # a byte too many, or too few
-        numbers = rng.choice([numbers + b"\0", numbers[:-1]])
-    else:                                                              # a gap, or an overlap
-        entry["data_offsets"] = [offset + rng.choice([-4, -1, 1, 4, 80]) for offset in entry["data_offsets"]]
-    return safetensors_bytes(header, numbers)
+    changed = bytearray(content)
+    for _ in range(rng.randint(1, 4)):
+        changed[rng.randrange(8 + int.from_bytes(content[:8], "little"))] ^= 1 << rng.randrange(8)
+    return bytes(changed)
 
 
 def test_300_mutated_files_are_refused_in_one_line_or_give_the_very_same_weights(tmp_path):

@@ -75,7 +75,6 @@ def test_a_run_killed_at_any_moment_ends_bit_for_bit_as_if_nothing_had_been(unbr
     time.sleep(random.uniform(0, 0.4))                                 # its 20 steps and their checkpoints take about that long
     process.kill()
     process.communicate()
-    print("was killed" if process.returncode == -signal.SIGKILL else "had ended", sorted(os.listdir(tmp_path)))
     train.main(["--resume", str(tmp_path)])
     assert outcome(tmp_path) == unbroken
 
@@ -121,42 +120,37 @@ def test_a_full_disk_stops_with_one_line_and_loses_nothing(unbroken, command, tm
     assert outcome(tmp_path) == unbroken
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tiny, command, tmp_path, monkeypatch, refused):
-    def cross_entropy(logits, labels, steps=[], original=torch.nn.functional.cross_entropy):
-        steps.append(1)
-        return original(logits, labels) * (float("inf") if len(steps) == 8 else 1)
-
-    monkeypatch.setattr(train.F, "cross_entropy", cross_entropy)
-    assert "the loss of step 8 is not finite: start again with a lower --lr" in refused(*command, "--out", tmp_path)
-    assert data.load_file(tmp_path / "checkpoint.pt")["step"] == 6
+NAN = float("nan")
 
 
-def test_weights_that_the_last_step_ruins_are_not_saved(tiny, command, tmp_path, monkeypatch, refused):
-    def clip(parameters, norm, steps=[]):
-        steps.append(1)
-        if len(steps) == 20:
-            parameters[0].grad[0, 0] = float("nan")
+@pytest.mark.parametrize("module, name, call, spoil, words, saved", [
+    (train.F, "cross_entropy", 8, lambda logits, _: logits.data.fill_(NAN), "the loss of step 8 is", 6),
+    (train.nn.utils, "clip_grad_norm_", 20, lambda parameters, _: parameters[0].grad.fill_(NAN), "after step 20 weights are", 18),
+    (train, "predict", 3, lambda model, _: model.prompt.soft_prompt.data.fill_(1e38), "what the model computes is", 18)])
+def test_numbers_that_are_not_finite_stop_the_run_and_are_not_saved(
+        tiny, command, tmp_path, monkeypatch, refused, module, name, call, spoil, words, saved):
+    def spoilt(*arguments, function=getattr(module, name), calls=[]):
+        calls.append(1)
+        if len(calls) == call:
+            spoil(*arguments)
+        return function(*arguments)
 
-    monkeypatch.setattr(train.nn.utils, "clip_grad_norm_", clip)
-    assert "after step 20 weights are not finite" in refused(*command, "--out", tmp_path)
-    assert not (tmp_path / "adapter.pt").exists() and data.load_file(tmp_path / "checkpoint.pt")["step"] == 18
-
-
-def test_resuming_a_finished_run_says_so_and_changes_nothing(tiny, command, tmp_path, capsys):
-    train.main([*command, "--epochs", "1", "--out", str(tmp_path)])
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    capsys.readouterr()
-    train.main(["--resume", str(tmp_path)])
-    assert capsys.readouterr().out == f"{tmp_path} is finished\n"
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    monkeypatch.setattr(module, name, spoilt)
+    assert f"{words} not finite: start again with a lower --lr" in refused(*command, "--out", tmp_path)
+    assert not (tmp_path / "adapter.pt").exists() and data.load_file(tmp_path / "checkpoint.pt")["step"] == saved
 
 
-def test_quiet_prints_one_line_of_json_and_changes_nothing_else(unbroken, command, tmp_path, capsys):
+def test_quiet_prints_one_line_of_json_and_changes_nothing_else_and_resuming_what_is_finished_nothing_at_all(
+        unbroken, command, tmp_path, capsys):
     capsys.readouterr()
     train.main([*command, "--quiet", "--out", str(tmp_path)])
     printed = capsys.readouterr()
     assert json.loads(printed.out) == json.loads((tmp_path / "result.json").read_text()) and not printed.err
     assert printed.out.count("\n") == 1 and outcome(tmp_path) == unbroken
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    train.main(["--resume", str(tmp_path)])
+    assert capsys.readouterr().out == f"{tmp_path} is finished\n"
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 # --- several processes -----------------------------------------------------------------------------------------
@@ -187,7 +181,7 @@ typed = vars(train.build_parser().parse_args(command))
 for name, other in dict(seed=1, batch_size=16, save_every=7).items() if several else ():
     try:
         train.prepare(train.Config(**typed | ({} if train.is_first_process() else {name: other})))
-    except ValueError as error:
+    except (ValueError, SystemExit) as error:
         found[name] = str(error)
 if several:
     train.run(train.Config(**typed))
@@ -224,9 +218,9 @@ def test_two_processes_train_what_one_trains(two, command, monkeypatch):
 
 @pytest.mark.slow
 def test_processes_with_different_flags_are_refused(two):
-    for name in ("seed", "batch_size", "save_every"):
-        for found in (torch.load(two / "two0"), torch.load(two / "two1")):
-            assert f"the processes have different {name}: start all with the same" in found[name]
+    first, second = torch.load(two / "two0"), torch.load(two / "two1")
+    for name in ("seed", "batch_size", "save_every"):                  # both know it, one says it
+        assert f"the processes have different {name}: use the same flags" in first[name] and second[name] == "2"
 
 
 @pytest.mark.slow

@@ -5,26 +5,27 @@ import dataclasses
 import io
 import json
 import math
+import os
 import random
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import data
-import lopa
 import model
 import train
-from model import InstanceEncoder
-
-QUICK = ["--task", "sst2", "--max-train", "400", "--epochs", "3"]
+from model import GPT, GPTConfig, InstanceEncoder
 
 
 @pytest.fixture(scope="module")
 def finished(tiny, tmp_path_factory):
     """The folder of one short LoPA run, and its result."""
     out = tmp_path_factory.mktemp("runs") / "lopa"
-    train.main([*QUICK, "--out", str(out)])
+    train.main(["--task", "sst2", "--max-train", "400", "--epochs", "3", "--out", str(out)])
     return out, json.loads((out / "result.json").read_text())
 
 
@@ -118,9 +119,6 @@ def test_a_reloaded_adapter_gives_identical_probabilities(tiny, tmp_path, monkey
     assert torch.equal(train.predict(restored, split), seen[-2])
 
 
-# --- training --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("flags", ["--method lopa", "--method pt", "--method lora", "--method full", "--tune-encoder"])
 def test_training_leaves_the_model_as_it_was_and_without_gradients(tiny, flags, dtype):
@@ -134,6 +132,25 @@ def test_training_leaves_the_model_as_it_was_and_without_gradients(tiny, flags, 
     assert unmoved == [] and all(p.grad is not None and p.dtype == torch.float32 for p in adapted.trained().values())
     assert all(p.grad is None for p in problem.gpt.parameters()) and not problem.train.instances.requires_grad
     assert all(torch.equal(before[name], tensor) for name, tensor in problem.gpt.state_dict().items())
+
+
+class DropsOut(GPT):
+    """A GPT that other people wrote: with dropout behind its embedding."""
+
+    def embed(self, tokens):
+        return nn.functional.dropout(super().embed(tokens), 0.5, self.training)
+
+
+@pytest.mark.parametrize("flags", ["", "--method lora", "--method full", "--tune-encoder"])
+def test_what_is_frozen_never_drops_out_and_neither_does_what_is_trained_inside_it(flags):
+    gpt, rows = DropsOut(GPTConfig(20, 16, 8, 1, 2)).train(), torch.arange(8)
+    encoder = InstanceEncoder(gpt)
+    batch = data.Encoded(torch.randint(20, (8, 5)), torch.full((8,), 5), rows % 2, instances=torch.randn(8, 8))
+    problem = train.Problem(gpt, encoder, torch.tensor([1, 2]), batch, {"dev": batch})
+    train.fit(config := config_of(flags, epochs=1), adapted := train.build(config, problem), problem)
+    adapted.train()                                                    # as a program of one's own might
+    one, other = (adapted(batch.tokens, batch.lengths, batch.instances) for _ in range(2))
+    assert torch.equal(one, other)
 
 
 def test_fit_equals_a_naive_loop_in_float64(tiny):
@@ -175,19 +192,18 @@ def test_fit_equals_a_naive_loop_in_float64(tiny):
         assert torch.allclose(p, params[name], rtol=0, atol=1e-7), name
 
 
-def test_the_target_is_read_at_the_last_real_token_whatever_the_padding(tiny):
-    gpt, tokenizer = tiny
-    task = data.TASKS["sst2"]
-    rows = [({"sentence": s}, 0) for s in ("the plot works", "although the music is very warm , the script drags")]
-    split, ids = data.encode(task, rows, tokenizer, 118), data.label_tokens(task, tokenizer)
-    adapted = train.build(config_of(), problem_of(tiny, 8)).eval()
-    h = torch.randn(2, 64)
-    with torch.no_grad():
-        batch = adapted(split.tokens, split.lengths, h)
-        for i, length in enumerate(split.lengths.tolist()):
-            prompt = adapted.prompt.prompt(h[i:i + 1])
-            alone = torch.cat([prompt, gpt.embed(split.tokens[i:i + 1, :length])], dim=1)
-            assert torch.allclose(batch[i], gpt.logits(gpt.hidden(alone))[0, -1, ids], atol=1e-5)
+def test_dropout_is_another_in_every_step_the_same_in_another_run_and_none_in_a_prediction(tiny):
+    """Resumed runs, too: test_surviving.py."""
+    config, problem, masks = config_of("--dropout 0.5 --batch-size 8 --epochs 1"), problem_of(tiny, 64), []
+    for _ in range(2):
+        adapted = train.build(config, problem)
+        adapted.prompt.u_head.dropout.register_forward_hook(lambda self, _, h: masks.append(h == 0) if self.training else None)
+        train.fit(config, adapted, problem)
+    assert len(masks) == 16 and all(torch.equal(a, b) for a, b in zip(masks, masks[8:]))
+    assert all((masks[a] != masks[b]).float().mean() > 0.3 for a in range(8) for b in range(a))
+    one, other = (train.predict(adapted.train(), problem.test) for _ in range(2))
+    logits = adapted.eval()(problem.test.tokens, problem.test.lengths, problem.test.instances)
+    assert torch.equal(one, other) and torch.allclose(one, logits.softmax(dim=-1), atol=1e-6)
 
 
 def test_zero_shot_is_the_bare_language_model(tiny):
@@ -212,17 +228,6 @@ def first_step(tiny, flags, rows=16, **change):
     return {name: (p.detach() - before[name]).abs().max().item() for name, p in adapted.trained().items()}
 
 
-class Bend(lopa.PromptTuning):
-    """A method that lopa.py does not have: one class, and one line in METHODS."""
-
-    def __init__(self, embed_dim, instance_dim, num_virtual_tokens=10, init_std=1.0, hidden_dim=64, **unused):
-        super().__init__(embed_dim, num_virtual_tokens, init_std)
-        self.bend = lopa.Head(instance_dim, hidden_dim, embed_dim, dropout=0.0)
-
-    def prompt(self, instance):
-        return self.soft_prompt + self.bend(instance)[:, None]
-
-
 @pytest.mark.parametrize("flags, rates", [
     ("--lr 0.02 --head-lr 0.004", dict(prompt_soft=0.02, prompt_u=0.004, prompt_v=0.004)),
     ("--tune-encoder", dict(prompt_soft=0.03, prompt_u=0.003, prompt_v=0.003, encoder=0.001)),        # the defaults
@@ -230,35 +235,46 @@ class Bend(lopa.PromptTuning):
     # IDPG's last bias is what Z_S is to LoPA
     ("--method idpg --lr 0.02 --head-lr 0.005",
      dict(prompt_head_down=0.005, prompt_head_up_proj_weight=0.005, prompt_head_up_proj_bias=0.02)),
-    ("--method full --lr 0.002", dict(gpt=0.002)),
-    ("bend", dict(prompt_soft=0.03, prompt_bend=0.003)),               # of a new method, too
+    ("--method full --lr 0.002", dict(gpt=0.002)),                     # of a new method: test_lopa.py
 ])
-def test_z_s_the_heads_and_a_tuned_encoder_have_rates_of_their_own(tiny, monkeypatch, flags, rates):
-    monkeypatch.setitem(train.METHODS, "bend", Bend)
-    moved = first_step(tiny, "", method="bend") if flags == "bend" else first_step(tiny, flags)
+def test_z_s_the_heads_and_a_tuned_encoder_have_rates_of_their_own(tiny, flags, rates):
+    moved = first_step(tiny, flags)
     assert {key for name in moved for key in rates if name.replace(".", "_").startswith(key)} == rates.keys()
     for name, distance in moved.items():
         (rate,) = [rate for key, rate in rates.items() if name.replace(".", "_").startswith(key)]
         assert distance == pytest.approx(rate, rel=0.02), name
 
 
-@pytest.mark.parametrize("num_blocks, read", [
-    (0, ["wte."]), (1, ["wte.", "wpe.", "h.0."]), (2, ["wte.", "wpe.", "h.0.", "h.1."])])
-def test_of_a_tuned_encoder_just_what_h_depends_on_is_trained_and_all_of_that_moves(tiny, num_blocks, read):
-    wanted = {f"encoder.gpt.{name}" for name, _ in tiny[0].named_parameters() if name.startswith(tuple(read))}
-    moved = first_step(tiny, f"--tune-encoder --encoder-blocks {num_blocks}", rows=24)
-    assert {name for name in moved if not name.startswith("prompt.")} == wanted
-    assert all(distance > 0 for distance in moved.values())
+def start(tiny, **change):
+    """The prompt (5, 64) that a run starts with, the same for every input."""
+    adapted = train.build(config_of(num_virtual_tokens=5, **change), problem_of(tiny, 8)).eval()
+    read, _ = adapted.read(torch.zeros(3, 1, dtype=torch.long), torch.ones(3), torch.randn(3, 64))
+    assert torch.allclose(read[0, :5], read[1, :5], atol=1e-6)
+    return read[0, :5].detach()
 
 
-@pytest.mark.parametrize("method", ["pt", "lopa", "idpg"])
-def test_a_prompt_starts_as_the_embeddings_of_words_over_and_over(tiny, method):
+def test_a_prompt_starts_as_given_words_over_and_over_or_as_tokens_drawn_from_the_vocabulary_by_the_seed(tiny):
     gpt, tokenizer = tiny
-    adapted = train.build(config_of(method=method, init_text="a witty film", num_virtual_tokens=5), problem_of(tiny, 8)).eval()
     a, witty, film = tokenizer.encode_ordinary("a witty film")
-    words = gpt.embed(torch.tensor([a, witty, film, a, witty]))
-    read, _ = adapted.read(torch.zeros(3, 1, dtype=torch.long), torch.ones(3), torch.randn(3, words.shape[1]))
-    assert torch.allclose(read[:, :5], words.expand(3, -1, -1), atol=1e-6)
+    drawn = {seed: start(tiny, init="vocab", seed=seed) for seed in (0, 1)}
+    for method in ("pt", "lopa", "idpg"):
+        words = start(tiny, method=method, init_text="a witty film")
+        assert torch.allclose(words, gpt.embed(torch.tensor([a, witty, film, a, witty])), atol=1e-6)
+        assert torch.allclose(start(tiny, method=method, init="vocab"), drawn[0], atol=1e-6)
+    for prompt in drawn.values():
+        distances, tokens = torch.cdist(prompt, gpt.wte.weight).min(dim=1)
+        assert distances.max() < 1e-3 and len(tokens.unique()) > 1
+    assert not torch.equal(drawn[0], drawn[1])
+    assert [train.Config("sst2", *which).init for which in (("lopa", "tiny"), ("lopa", "a"), ("dpt", "a"))] == [
+        "noise", "vocab", "noise"]                                     # of a real model, where the method has such a start
+
+
+@pytest.mark.parametrize("change, count", [
+    (dict(init_text=" "), 0), (dict(init_text="the plot is dull and warm"), 6), (dict(init="vocab", method="dpt"), 5),
+    (dict(init="vocab", method="residual"), 5), (dict(init_text="a film", method="lora"), 2)])
+def test_a_start_of_no_words_of_too_many_or_of_a_method_that_has_none_is_refused(tiny, change, count):
+    with pytest.raises(ValueError, match=f"a start as {count} tokens: it takes a word, at most 5 tokens and a method whose"):
+        start(tiny, **change)
 
 
 @pytest.mark.parametrize("method", ["lopa", "idpg", "dept"])
@@ -290,25 +306,6 @@ def test_a_methods_flag_changes_what_is_trained_or_is_refused(tiny, tmp_path, re
             assert "has no effect with" in refused("--task", "sst2", "--method", method, *flag.split(), "--out", tmp_path)
 
 
-def test_one_pass_through_one_frozen_model_serves_rows_of_different_tasks_and_methods(tiny):
-    gpt, tokenizer = copy.deepcopy(tiny[0]).double(), tiny[1]
-    torch.manual_seed(0)
-    users = [("sst2", train.METHODS["lopa"](64, 64, 10, rank=4)), ("rte", train.METHODS["lopa"](64, 64, 7, rank=2)),
-             ("rte", train.METHODS["pt"](64)), ("sst2", train.METHODS["idpg"](64, 64, 3))]
-    rows, alone = [], []
-    for i, (task, prompt) in enumerate(users):
-        fields, _ = data.TASKS[task].sample()[1][i]
-        tokens, _ = data.encode_text(data.TASKS[task], fields, tokenizer, 100)
-        h = torch.randn(1, 64, dtype=torch.float64)
-        embeds = prompt.double().eval()(gpt.embed(torch.tensor([tokens])), h)          # (1, m_i + T_i, 64)
-        rows.append(embeds[0])
-        alone.append(gpt.logits(gpt.hidden(embeds))[:, -1])
-    assert len({len(row) for row in rows}) > 1
-    batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    together = gpt.logits(gpt.hidden_at(batch, torch.tensor([len(row) - 1 for row in rows])))
-    assert torch.allclose(together, torch.cat(alone), atol=1e-10)
-
-
 def test_batches_of_similar_length_hold_every_row_once_in_an_order_that_changes():
     draw = random.Random(0)
     lengths = torch.tensor([draw.choice([5, 6, 7, 8, 40, 60]) for _ in range(5003)])
@@ -337,9 +334,6 @@ def test_texts_of_ragged_length_get_their_own_h_and_prediction_in_the_order_of_t
             alone = text[None, :length], length[None]
             assert torch.allclose(h, problem.encoder(*alone)[0], atol=1e-5)
             assert torch.allclose(p, adapted(*alone, h[None])[0].softmax(dim=-1), atol=1e-5)
-
-
-# --- prediction ------------------------------------------------------------------------------------------------
 
 
 def answers(capsys, *argv):
@@ -377,3 +371,39 @@ def test_a_text_that_is_cut_or_has_words_never_read_is_noted(finished, capsys):
     assert len(rows) == 2 and errors.startswith("note: never read") and "loved" in errors and errors.count("\n") == 1
     rows, errors = answers(capsys, "--adapter", finished[0], "--predict", " and ".join(["the plot is dull"] * 200))
     assert len(rows) == 2 and errors == "note: 1 texts were cut to fit the context\n"
+
+
+# Written by hand: what somebody types first.
+POSITIVE = """the plot is not dull
+a witty film
+although the plot is dull , the cast shines
+the plot is dull , but the cast shines
+the movie never bores
+truly a brilliant drama
+the camera is not ugly and the music never fails
+the story is not good , but the pacing is not dull
+really a warm , funny comedy""".splitlines()
+NEGATIVE = """the plot is dull
+a messy , lazy comedy
+the acting is not very good
+although the cast shines , the plot is dull
+the cast is great , but the script is terrible
+hardly a brilliant drama
+the camera is ugly and the music fails
+although the story is not dull , the pacing is not good
+the villain is very weak""".splitlines()
+
+
+@pytest.mark.slow
+def test_the_readmes_first_command_leaves_an_adapter_that_answers_what_a_newcomer_types_on_any_console(tiny, tmp_path):
+    train.main(["--task", "sst2", "--out", str(tmp_path)])
+    texts = POSITIVE + NEGATIVE
+    done = subprocess.run([sys.executable, "train.py", "--adapter", tmp_path, "--predict", "-"],
+                          input="\n".join([*texts, "a caf\u00e9 film"]), text=True, encoding="utf-8", capture_output=True,
+                          cwd=Path(train.__file__).parent, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    *rows, last = [line.split("\t") for line in done.stdout.splitlines()[1:]]
+    assert [row[-1] for row in rows] == texts and last[-1] == "a caf\\xe9 film"        # a sign that the console does not have
+    wrong = [text for (label, *_, text), wanted in zip(rows, ["positive"] * 9 + ["negative"] * 9) if label != wanted]
+    assert len(wrong) <= 2, wrong
+    assert not data.unread_words(texts, tiny[1]) and "caf\\xe9" in done.stderr
+    assert json.loads((tmp_path / "result.json").read_text())["accuracy"] > 0.92
