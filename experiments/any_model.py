@@ -4,12 +4,16 @@
     python -m experiments.any_model --adapter runs/... --predict "a witty film"
     python -m experiments.any_model compare FOLDER --task sst2 --data DIR    a table of experiments/compare.py
 
-FOLDER holds a model as Transformers saves it, or one .gguf file. What train.py asks of a frozen model are the
-methods of AnyModel, what data.py asks of a tokenizer those of Tokenizer: nothing else knows of Transformers.
+FOLDER holds a model as Transformers saves it, or one .gguf file, and so does that of --encoder, which may be
+of any other family and have a tokenizer of its own. What train.py asks of a frozen model are the methods of
+AnyModel, of an encoder AnyEncoder's, of a tokenizer Tokenizer's: nothing else knows of Transformers.
 """
 
+import hashlib
 import os
+import string
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,12 +22,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 import train
 from experiments import compare
-from model import GPT, short
+from model import GPT, InstanceEncoder, short
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -53,8 +57,9 @@ class AnyModel(nn.Module):
                     linear.weight, linear.bias = nn.Parameter(child.weight.T.contiguous()), child.bias
                     setattr(parent, name, linear)
         tokens = torch.arange(8)[None] % self.config.vocab_size
+        language_model.eval().get_output_embeddings().forward = self.logits    # for its own generate, too
         with torch.no_grad():
-            if not torch.allclose(self(tokens), language_model.eval()(tokens).logits, rtol=1e-2, atol=1e-2):
+            if not torch.allclose(self(tokens), language_model(tokens).logits.float(), rtol=1e-2, atol=1e-2):
                 raise ValueError(f"{type(language_model).__name__} does more to its logits than its output "
                                  "layer: give AnyModel.logits the rest")
 
@@ -86,8 +91,9 @@ class AnyModel(nn.Module):
         """Hidden states (..., d) -> logits (..., vocab_size), or (..., n) of the tokens `only` (n,)."""
         layer = self.language_model.get_output_embeddings()
         rows = slice(None) if only is None else only
-        bias = getattr(layer, "bias", None)
-        return F.linear(hidden, layer.weight[rows], None if bias is None else bias[rows])
+        wide = torch.promote_types(hidden.dtype, torch.float32)        # bfloat16 rounds differences away
+        logits = hidden.to(wide) @ layer.weight[rows].to(wide).T
+        return logits if getattr(layer, "bias", None) is None else logits + layer.bias[rows].to(wide)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids (B, T) -> logits (B, T, vocab_size)."""
@@ -107,50 +113,127 @@ class AnyModel(nn.Module):
             pad_token_id=ends[0].item(), max_new_tokens=max_new_tokens, do_sample=False)
         return F.pad(tokens, (0, max_new_tokens - tokens.shape[1]), value=ends[0].item())
 
-    fingerprint = GPT.fingerprint
+    def fingerprint(self) -> str:
+        """Of the weights, and of what the tokenizer that load_model found makes of a text."""
+        return GPT.fingerprint(self) + self.tokenizer_digest
+
+    tokenizer_digest = ""
 
 
 class Tokenizer:
-    """A tokenizer of Transformers with the interface of tiktoken's: no token is added to the text."""
+    """A tokenizer of Transformers as tiktoken's are: no token is added to a text, and none in it is special.
+
+    Some put a blank before a text. What they read and write stands behind a line end, which is taken off, so
+    that a text in parts is the text. Raises ValueError for a tokenizer from which a text does not come back.
+    """
 
     def __init__(self, tokenizer):
         self.tokenizer, self.n_vocab, self.eot_token = tokenizer, len(tokenizer), tokenizer.eos_token_id
+        self.start = []                                                # that line end's tokens
+        if self.encode_ordinary("a") + self.encode_ordinary(" b") != self.encode_ordinary("a b"):
+            self.start = self.encode_ordinary("\n")
         if self.eot_token is None:
             self.eot_token = self.encode_ordinary("\n")[-1]
+        for text in ("a b", " a", "    return a\n", "Don't , stop .\n\n"):
+            if (back := self.decode(self.encode_ordinary(text))) != text:
+                raise ValueError(f"its tokenizer makes {back!r} of {text!r}: it takes one that keeps texts")
 
     def encode_ordinary(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        tokens = self.tokenizer.encode("\n" * bool(self.start) + text, add_special_tokens=False,
+                                       split_special_tokens=True)
+        return tokens[len(self.start):]
 
     def decode(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+        text = self.tokenizer.decode([*self.start, *tokens], clean_up_tokenization_spaces=False)
+        return text[bool(self.start):]
 
 
-def load_model(name: str, config: train.Config) -> tuple[AnyModel, Tokenizer]:
-    """In place of train.load_model: (frozen model, its tokenizer)."""
+class AnyEncoder(InstanceEncoder):
+    """h from a model with a tokenizer of its own, BERT-like or causal: the mean of its real tokens' states.
+
+    It reads the text that the model's tokens stand for. The states are those after `num_blocks` blocks, by
+    default all of them, and not normalised once more: sentence encoders are trained to be averaged.
+    """
+
+    def __init__(self, encoder: nn.Module, own_tokenizer, tokenizer: Tokenizer, num_blocks: int | None):
+        c, own = encoder.config, own_tokenizer
+        c.n_layer, c.n_embd, c.n_positions = c.num_hidden_layers, c.hidden_size, 1_000_000
+        super().__init__(encoder, c.n_layer if num_blocks is None else num_blocks)
+        own.pad_token, own.padding_side = own.pad_token or own.eos_token, "right"
+        self.own_tokenizer, self.tokenizer = own, tokenizer
+        self.max_length = min(own.model_max_length, c.max_position_embeddings)     # more is cut off
+        of_own = digest(len(own), own(string.printable)["input_ids"])
+        encoder.fingerprint = lambda: GPT.fingerprint(encoder) + of_own
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """The model's tokens (B, T), right-padded, and lengths (B,) -> h (B, d_h)."""
+        texts = [self.tokenizer.decode(row[:length].tolist()) for row, length in zip(tokens, lengths)]
+        own = self.own_tokenizer(texts, padding=True, truncation=True, max_length=self.max_length,
+                                 return_tensors="pt").to(tokens.device)
+        hidden = self.gpt(**own, output_hidden_states=True).hidden_states[self.num_blocks].float()
+        real = own["attention_mask"][..., None]                        # (B, its own T, 1)
+        return ((hidden * real).sum(dim=1) / real.sum(dim=1) - self.mean) / self.std
+
+
+def read(kind: type, name: str, config: train.Config) -> tuple[nn.Module, Callable]:
+    """(model, its tokenizer) of a folder, by Transformers' class `kind`. ValueError: they are not whole."""
     if not Path(name).is_dir():
         raise ValueError(f"{name} is no folder: name, first of all, one that holds a model of Transformers")
-    files = [path.name for path in Path(name).glob("*.gguf")][:1]
+    files = [path.name for path in Path(name).glob("*.gguf")]
+    if len(files) > 1 or files and list(Path(name).glob("*.safetensors")):
+        raise ValueError(f"{name} holds several models, {', '.join(files)}: put one in a folder of its own")
     here = {"local_files_only": True} | ({"gguf_file": files[0]} if files else {})
     # Eager attention: the fused kernel's backward pass takes twice its time in bfloat16 on a CPU without AMX.
     try:
-        language_model, found = AutoModelForCausalLM.from_pretrained(
-            name, dtype=getattr(torch, config.dtype), attn_implementation="eager", output_loading_info=True,
-            **here)
-        tokenizer = Tokenizer(AutoTokenizer.from_pretrained(name, **here))
+        model, found = kind.from_pretrained(name, dtype=getattr(torch, config.dtype), **here,
+                                            attn_implementation="eager", output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(name, **here)
     except Exception as error:                                         # each kind of file has its own ones
         raise ValueError(f"{name}: Transformers cannot read a model and its tokenizer there: "
                          f"{short(error, 160)}") from None
     if missing := found["missing_keys"]:                               # which it filled with random numbers
         raise ValueError(f"{name} lacks {len(missing)} of the model's tensors, {short(min(missing))} for "
                          "one: get the files again")
-    model = AnyModel(language_model).to(config.device)
+    if more := found.get("unexpected_keys"):                           # of blocks that config.json lacks, say
+        raise ValueError(f"{name} has {len(more)} tensors that config.json does not ask for, "
+                         f"{short(min(more))} for one: is it another model's?")
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise ValueError(f"{name}: the model's weights are not finite: get the files again")
+    return model.to(config.device), tokenizer
+
+
+def digest(n_vocab: int, tokens: list[int]) -> str:
+    """Of a tokenizer: its size and what it makes of every printable sign, as a part of a fingerprint."""
+    return "-" + hashlib.sha256(str([n_vocab, *tokens]).encode()).hexdigest()[:6]
+
+
+def load_model(name: str, config: train.Config) -> tuple[AnyModel, Tokenizer]:
+    """In place of train.load_model: (frozen model, its tokenizer)."""
+    language_model, tokenizer = read(AutoModelForCausalLM, name, config)
+    model, tokenizer = AnyModel(language_model), Tokenizer(tokenizer)
+    if tokenizer.n_vocab > model.config.vocab_size:
+        raise ValueError(f"{name}: its tokenizer has {tokenizer.n_vocab} tokens, the model "
+                         f"{model.config.vocab_size}")
+    model.tokenizer_digest = digest(tokenizer.n_vocab, tokenizer.encode_ordinary(string.printable))
     return model.requires_grad_(False).eval(), tokenizer
 
 
+def load_frozen(config: train.Config) -> tuple[AnyModel, InstanceEncoder, Tokenizer]:
+    """In place of train.load_frozen: (model, instance encoder, the model's tokenizer)."""
+    gpt, tokenizer = load_model(config.model, config)
+    if config.encoder == config.model:
+        return gpt, InstanceEncoder(gpt, config.encoder_blocks), tokenizer
+    encoder = AnyEncoder(*read(AutoModel, config.encoder, config), tokenizer, config.encoder_blocks)
+    return gpt, encoder, tokenizer
+
+
 def main(argv: list[str]) -> None:
-    train.load_model, train.COMMAND = load_model, "python -m experiments.any_model"
+    train.load_frozen, train.COMMAND = load_frozen, "python -m experiments.any_model"
     program = compare if argv[:1] == ["compare"] else train
     flags = argv[1:] if program is compare else argv
+    if flags and not flags[0].startswith("-") and "--model" in flags:
+        print(f"any_model: error: {flags[0]} is the model: leave out --model", file=sys.stderr)
+        sys.exit(2)
     program.main(["--model", *flags] if flags and not flags[0].startswith("-") else flags)
 
 

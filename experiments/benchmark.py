@@ -12,9 +12,6 @@ long as SST-2's.
 """
 
 import argparse
-import resource
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -167,41 +164,13 @@ def same_losses() -> None:
     assert apart < 1e-10 and weights_apart < 1e-8
 
 
-def peak_memory() -> None:
-    """Each way in a process of its own, as a process's peak never falls; one step on 16 texts."""
-    def peak(way: str) -> int:
-        command = [sys.executable, "-m", "experiments.benchmark", "--peak", way]
-        return int(subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout)
-
-    print(f"peak memory of a step, above the model's: naive {peak('naive')} MB, ours {peak('ours')} MB")
-
-
-def one_peak(way: str) -> None:
-    config, gpt = train.Config(**CONFIG), random_gpt(GPTConfig())
-    split = random_split(BATCH_SIZE, 50257, "cpu")
-    split.instances, encoder = torch.randn(BATCH_SIZE, 768), InstanceEncoder(gpt)
-    model = train.Adapted(config, gpt, encoder, torch.tensor([5, 7]))
-    optimizer = adamw(model, config)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if way == "ours":
-        our_step(model, optimizer, split)
-    else:
-        naive_step(model, encoder, optimizer, split)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser("benchmark", "python -m experiments.benchmark [flags]", __doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="of the epoch: cpu or cuda; the rest is on the CPU")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--rows", type=int, default=320, help="texts of the epoch (default: 320, 20 batches)")
-    parser.add_argument("--peak", choices=["naive", "ours"], help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.peak:
-        one_peak(args.peak)
-    else:
-        print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads")
-        peak_memory()                                                  # a child's peak begins at its parent's
-        an_epoch(args.device, getattr(torch, args.dtype), args.rows)
-        same_losses()
+    print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads")
+    an_epoch(args.device, getattr(torch, args.dtype), args.rows)
+    same_losses()

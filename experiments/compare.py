@@ -9,9 +9,10 @@
     python -m experiments.compare --table experiments/results/NAME/runs.jsonl
 
 For each row of the table three learning rates, a third of train.py's, its and three times it, are tried on a
-fifth of the training rows, held out. The best one then trains on all of them, once for each seed, and the
-last epoch is scored on dev, which nothing was chosen on. A control, METHOD-shuffled, METHOD-constant or
-METHOD-blind, is the method at its rates with another text's h, the same h for all, or without the text.
+fifth of the training rows, held out (of the encoder, with --tune-encoder). The best one then trains on all of
+them, once for each seed, and the last epoch is scored on dev, which nothing was chosen on. A control,
+METHOD-shuffled, METHOD-constant or METHOD-blind, is the method at its rates with another text's h, the same h
+for all, or without the text, which an encoder that is tuned still reads.
 
 Every finished run is at once a line of runs.jsonl, in the folder runs/TASK-compare-MODEL or --out, and the
 same command goes on where it was. On the built-in sample a seed's line has the accuracy by kind of sentence
@@ -51,13 +52,15 @@ ABLATIONS = {
 ON_REQUEST = {f"h after {blocks} blocks": dict(encoder_blocks=blocks) for blocks in (0, 10, 20)} | {
     "heads that start at random": dict(head_std=0.05)}
 
+RATES = ("lr", "head_lr", "encoder_lr")
 FACTORS = (1, 1 / 3, 3)                  # of train.py's learning rates, to try; of equals the first wins
 ALL = [*train.CHOICES["method"], *(f"lopa-{control}" for control in evidence.CONTROLS)]
 
 # What the second line of a study has at least, and those of its runs; train.py's flags that do nothing here.
 BEFORE = {"stage", "scored_on", "d_h", "labels"}
-RUN = {"stage", "row", "method", "lr", "head_lr", "seed", "accuracy", "seconds", "trainable_parameters"}
-REFUSED = "method lr head_lr seed tune_encoder encoder_lr save_every resume predict adapter".split()
+RUN = {"stage", "row", "method", *RATES, "tune_encoder", "seed", "accuracy", "seconds",
+       "trainable_parameters"}
+REFUSED = "method lr head_lr seed save_every resume predict adapter".split()
 
 
 def study(args: argparse.Namespace, kind: str, base: Config, configs: dict[str, Config], path: Path) -> str:
@@ -73,12 +76,11 @@ def study(args: argparse.Namespace, kind: str, base: Config, configs: dict[str, 
                 if args.rates is None}
     for name, config in configs.items():                               # ValueError now, if it cannot be
         evidence.controlled(problem, method_of(name)[1])
-        if config.init_text is not None:
-            train.build(config, problem)
+        train.build(config, problem)
     about = dict(study=kind) | base.deciding() | problem.made_of
     lines = read_lines(path) if path.exists() else [about]
-    for name, here in about.items():                                   # these four are the runs' own
-        if lines[0].get(name) != here and name not in ("method", "lr", "head_lr", "seed"):
+    for name, here in about.items():                                   # these five are the runs' own
+        if lines[0].get(name) != here and name not in ("method", *RATES, "seed"):
             there = short(lines[0].get(name))
             raise ValueError(f"{path.parent} holds another study: {name} is {there} there and {short(here)} "
                              "here: name another folder with --out")
@@ -92,7 +94,11 @@ def study(args: argparse.Namespace, kind: str, base: Config, configs: dict[str, 
             if stage == "seed" and row not in [line["row"] for line in same]:
                 add(same[0] | dict(row=row))                           # one run, two rows of the table
             return same[0]
-        model, problem = train.build(config, problem), evidence.controlled(problem, control, seed)
+        model = train.build(config, problem)
+        if control == "blind" and config.tune_encoder:
+            evidence.blind_tuned(model, problem)
+        else:
+            problem = evidence.controlled(problem, control, seed)
         try:                                                           # only the last epoch is scored
             *_, last = train.fit(config, model, replace(problem, tests={problem.test_name: problem.test[:1]}))
             predictions = train.predict(model, problem.test)
@@ -148,9 +154,10 @@ def rates_to_try(source: str | None, configs: dict[str, Config]) -> dict[str, li
     """Of each row three learning rates, or one: train.py's ("default"), or another study's choice."""
     if source in (None, "default"):
         factors = (1,) if source else FACTORS                          # to one digit
-        return {name: [{rate: float(f"{factor * getattr(config, rate):.1g}") for rate in ("lr", "head_lr")}
+        return {name: [{rate: float(f"{factor * getattr(config, rate):.1g}")
+                        for rate in (RATES[2:] if config.tune_encoder else RATES[:2])}
                        for factor in factors] for name, config in configs.items()}
-    rates = {line["row"]: dict(lr=line["lr"], head_lr=line["head_lr"])
+    rates = {line["row"]: {rate: line[rate] for rate in RATES}
              for line in read_lines(Path(source))[2:] if line["stage"] == "seed"}
     rows = {name: method_of(name)[0] for name in configs}
     if missing := [row for row in rows.values() if row not in rates]:
@@ -168,6 +175,7 @@ def table(path: Path) -> str:
     for line in lines:
         if line["stage"] == "seed":
             rates = f"{line['lr']:g}" + f", {line['head_lr']:g}" * (line["method"] in see_h)
+            rates += f", {line['encoder_lr']:g}" * line["tune_encoder"]
             groups.setdefault((line["row"], rates), []).append(line)
     rows = [[name, "" if ablate else trained(name), f"{runs[0]['trainable_parameters']:,}", summary(runs),
              rates, f"{statistics.mean(run['seconds'] for run in runs):.1f}"]
@@ -279,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
         with locked(folder := Path(base.out or f"runs/{usual_name}")):
             print(study(args, kind, base, configs, folder / "runs.jsonl"), end="")
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        parser.error(short(error, 300))
+        parser.error(" ".join(str(error).split()))
     except KeyboardInterrupt:
         parser.exit(130, "compare: interrupted; the same command goes on after the last finished run\n")
 

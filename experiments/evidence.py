@@ -34,6 +34,8 @@ def controlled(problem: Problem, control: str | None, seed: int = 0) -> Problem:
     ending = template_ending(problem.task, problem.tokenizer) if control == "blind" else None
     if control == "blind" and not len(ending):
         raise ValueError("control blind: the task has nothing after its text: end its template with a word")
+    if control == "shuffled" and min(map(len, (problem.train, *problem.tests.values()))) < 2:
+        raise ValueError("control shuffled: a single row has no other text's h: it takes 2")
     generator = torch.Generator().manual_seed(seed)
 
     def change(split: Encoded) -> Encoded:
@@ -49,6 +51,18 @@ def controlled(problem: Problem, control: str | None, seed: int = 0) -> Problem:
 
     return replace(problem, train=change(problem.train),
                    tests={name: change(split) for name, split in problem.tests.items()})
+
+
+def blind_tuned(model: Adapted, problem: Problem) -> None:
+    """The control "blind" of a tuned encoder: that reads the text, and the model the template's end alone."""
+    ending = template_ending(problem.task, problem.tokenizer).to(problem.label_ids.device)
+
+    def read(tokens: Tensor, lengths: Tensor, instance: Tensor) -> tuple[Tensor, Tensor]:
+        token_embeds = model.gpt.embed(ending.expand(len(tokens), -1))
+        inputs_embeds = model.prompt(token_embeds, model.encoder(tokens, lengths))     # (B, m + n, d)
+        return inputs_embeds, torch.full_like(lengths, inputs_embeds.shape[1])
+
+    model.read = read
 
 
 def template_ending(task: data.Task, tokenizer: tiktoken.Encoding) -> Tensor:
@@ -70,8 +84,11 @@ def hold_out(problem: Problem, count: int) -> Problem:
     held = torch.zeros(N, dtype=torch.bool)
     held[by_label[torch.arange(count) * N // count]] = True            # evenly spaced among the sorted labels
     held = held.to(problem.train.labels.device)
-    return replace(problem, train=problem.train[~held], ids={},
-                   tests={"held-out training rows": problem.train[held]})
+    train, test = problem.train[~held], problem.train[held]
+    mean, std = train.instances.mean(dim=0), train.instances.std(dim=0)        # of what trains, and no other
+    train, test = (replace(split, instances=(split.instances - mean) / std.where(std > 1e-6, 1e30))
+                   for split in (train, test))
+    return replace(problem, train=train, tests={"held-out training rows": test}, ids={})
 
 
 def linear_probe(train_h: Tensor, labels: Tensor, test_h: Tensor) -> Tensor:

@@ -1,13 +1,9 @@
 """experiments/any_model.py: models of Transformers behind the interface of model.GPT, and train.py on one of them."""
 
 import dataclasses
-import importlib
 import json
-import os
 import re
 import shutil
-import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -159,7 +155,7 @@ def folders(tmp_path_factory):
 @pytest.fixture
 def untouched(monkeypatch):
     """What the programs put in train's place is taken out again."""
-    for name in ("load_model", "COMMAND"):
+    for name in ("load_frozen", "COMMAND"):
         monkeypatch.setattr(train, name, getattr(train, name))
 
 
@@ -221,80 +217,110 @@ def test_a_study_of_compare_runs_on_it(folders, tmp_path, monkeypatch, untouched
     assert about["model"] == folder and [line["row"] for line in lines] == ["lopa", "lopa-blind"]
 
 
-@pytest.mark.parametrize("method", ["pt", "lopa", "idpg", "dept", "adept"])
-def test_a_prompt_starts_from_the_words_that_are_given(folders, untouched, method):
-    folder, glue = map(str, folders)
-    train.load_model = any_model.load_model
-    config = train.Config("sst2", method, folder, data=glue, init_text="a great film", num_virtual_tokens=5, quiet=True)
-    model = train.build(config, train.prepare(config))
-    ids = transformers.AutoTokenizer.from_pretrained(folder)("a great film")["input_ids"]
-    words = model.gpt.embed(torch.tensor((ids * 5)[:5]))               # over and over
-    read, _ = model.read(torch.zeros(3, 1, dtype=torch.long), torch.ones(3), torch.randn(3, words.shape[1]))
-    assert torch.allclose(read[:, :5], words.expand(3, -1, -1), atol=1e-6)
+@pytest.fixture
+def bert(tmp_path):
+    """A folder with a random encoder of another family, whose tokenizer cuts texts into other pieces."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(set(" . it was ".join(REVIEWS).split()))]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "bert")
+    config = transformers.BertConfig(**SIZES | dict(vocab_size=len(words)))
+    transformers.BertModel(config).save_pretrained(tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+def test_h_of_another_familys_encoder_is_its_own_mean_of_its_own_tokens(folders, bert):
+    gpt, encoder, tokenizer = any_model.load_frozen(train.Config("sst2", model=str(folders[0]), encoder=str(bert)))
+    texts = ["a great film . It was", "the cast is terrible . It was"]
+    tokens = [torch.tensor(tokenizer.encode_ordinary(text)) for text in texts]
+    h = encoder(torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True), torch.tensor([len(row) for row in tokens]))
+    theirs = transformers.AutoModel.from_pretrained(bert).eval()
+    for text, found in zip(texts, h):
+        own = transformers.AutoTokenizer.from_pretrained(bert)(text, return_tensors="pt")
+        assert torch.allclose(found, theirs(**own).last_hidden_state[0].mean(dim=0), atol=1e-5)
+
+
+@pytest.mark.parametrize("flags", ["", "--tune-encoder", "--encoder-blocks 1"])
+def test_train_py_runs_with_it_goes_on_and_predicts_and_another_one_is_refused(command, bert, capsys, flags):
+    command("--encoder", bert, *flags.split(), "--out", "run", "--quiet")
+    assert json.loads(capsys.readouterr().out)["encoder"] == str(bert)
+    command("--adapter", "run", "--predict", "a great film")
+    assert capsys.readouterr().out.endswith("\ta great film\n")
+    command("--resume", "run")
+    assert "is finished" in capsys.readouterr().out
+    weights = safetensors.torch.load_file(bert / "model.safetensors")
+    weights["embeddings.LayerNorm.bias"] += 1
+    safetensors.torch.save_file(weights, bert / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SystemExit):
+        command("--adapter", "run", "--predict", "a great film")
+    assert "this adapter was trained on another model" in capsys.readouterr().err
+
+
+def metaspace():
+    """A tokenizer as Llama's: a blank is part of a word's piece, and one is put before every text."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+    bpe = Tokenizer(models.BPE(byte_fallback=True))
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
+    bpe.decoder = decoders.Sequence(list(steps))
+    every_byte = [f"<0x{byte:02X}>" for byte in range(256)]
+    bpe.train_from_iterator(" ".join(REVIEWS).split(), trainers.BpeTrainer(special_tokens=every_byte))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe)
+
+
+def test_a_tokenizer_that_puts_a_blank_before_a_text_does_not_between_its_parts():
+    ours = any_model.Tokenizer(metaspace())
+    for text in ("a b", " great", "    return x\n", "great film", "é\n\n  x"):
+        assert ours.decode(ours.encode_ordinary(text)) == text
+    assert ours.encode_ordinary("a great") + ours.encode_ordinary(" film .") == ours.encode_ordinary("a great film .")
+    assert len(ours.encode_ordinary(" great")) == 1
+
+
+def test_what_looks_like_a_special_token_in_a_text_is_text(folders):
+    theirs = transformers.AutoTokenizer.from_pretrained(folders[0])
+    theirs.add_special_tokens({"eos_token": "<end>"})
+    ours = any_model.Tokenizer(theirs)
+    assert ours.eot_token == theirs.convert_tokens_to_ids("<end>")
+    tokens = ours.encode_ordinary("a<end>b")
+    assert ours.eot_token not in tokens and ours.decode(tokens) == "a<end>b"
+
+
+def test_an_adapter_knows_its_tokenizer(command, folders, tmp_path, capsys):
+    shutil.copytree(folders[0], tmp_path / "model")
+    flags = ["--task", "sst2", "--data", folders[1], "--epochs", 1, "--out", "run", "--quiet"]
+    any_model.main([str(flag) for flag in (tmp_path / "model", *flags)])
+    path = tmp_path / "model" / "tokenizer.json"
+    changed = json.loads(path.read_text())
+    vocab = changed["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    path.write_text(json.dumps(changed))
+    with pytest.raises(SystemExit):
+        command("--adapter", "run", "--predict", "a great film")
+    assert "this adapter was trained on another model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command, message", [
-    ("any_model --task sst2", "tiny is no folder: name, first of all, one that holds a model of Transformers"),
-    ("any_model empty --task sst2 --data GLUE", "empty: Transformers cannot read a model and its tokenizer there: "),
-    ("any_model cut --task sst2 --data GLUE", "cut: Transformers cannot read a model and its tokenizer there: "),
-    ("any_model without --task sst2 --data GLUE", "without lacks 2 of the model's tensors, model.layers.1."),
-    ("any_model compare nowhere --task sst2 --data GLUE", "nowhere is no folder"),
-    ("templates nowhere --data GLUE", "nowhere is no folder"),
-    ("templates MODEL --data nowhere", "nowhere/SST-2/train.tsv not found"),
-    ("templates MODEL --data GLUE --rows 0", "--max-train: 0 is not between"),
-    ("costs MODEL --data nowhere", "nowhere/SST-2/train.tsv not found"),
+    ("--task sst2", "tiny is no folder: name, first of all, one that holds a model of Transformers"),
+    ("empty --task sst2 --data GLUE", "empty: Transformers cannot read a model and its tokenizer there: "),
+    ("cut --task sst2 --data GLUE", "cut: Transformers cannot read a model and its tokenizer there: "),
+    ("without --task sst2 --data GLUE", "without lacks 2 of the model's tensors, model.layers.1."),
+    ("two --task sst2 --data GLUE", "two holds several models, a.gguf: put one in a folder of its own"),
+    ("MODEL --model cut --task sst2", "model0 is the model: leave out --model"),
+    ("compare nowhere --task sst2 --data GLUE", "nowhere is no folder"),
 ])
 def test_bad_input_gets_one_line(folders, tmp_path, monkeypatch, capsys, untouched, command, message):
     monkeypatch.chdir(tmp_path)
     folder, glue = folders
     (tmp_path / "empty").mkdir()
-    for name in ("cut", "without"):
+    for name in ("cut", "without", "two"):
         shutil.copytree(folder, tmp_path / name)
+    (tmp_path / "two" / "a.gguf").touch()
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     kept = safetensors.torch.load_file(folder / "model.safetensors")
     kept = {name: tensor for name, tensor in kept.items() if "layers.1.mlp.gate" not in name and "layers.1.mlp.up" not in name}
     safetensors.torch.save_file(kept, tmp_path / "without" / "model.safetensors", {"format": "pt"})
-    program, *flags = command.replace("MODEL", str(folder)).replace("GLUE", str(glue)).split()
-    monkeypatch.setattr(sys, "argv", [program, *flags])
+    flags = command.replace("MODEL", str(folder)).replace("GLUE", str(glue)).split()
     with pytest.raises(SystemExit) as stop:
-        importlib.import_module(f"experiments.{program}").main(*[flags] if program == "any_model" else [])
+        any_model.main(flags)
     line, = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and f"error: {message}" in line
-
-
-def test_templates_are_scored_as_the_bare_model_answers(folders, capsys, monkeypatch):
-    from experiments import templates
-
-    folder, glue = folders
-    words = [("{sentence} . It was", " terrible", " great"), ("It was great : {sentence} =", " great", " terrible")]
-    monkeypatch.setattr(templates, "TEMPLATES", {"sst2": words})
-    monkeypatch.setattr(sys, "argv", ["templates", str(folder), "--data", str(glue), "--dtype", "float32"])
-    templates.main()
-    printed = [float(row.split(" | ")[-1].strip("| ")) for row in capsys.readouterr().out.splitlines()[2:]]
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    for (template, *labels), score in zip(words, printed, strict=True):
-        ids = [tokenizer(word)["input_ids"][0] for word in labels]
-        answers = [model(torch.tensor([tokenizer(template.format(sentence=text))["input_ids"]])).logits[0, -1, ids].argmax()
-                   for text in REVIEWS]
-        right = [int(answer) == ("great" in text) for answer, text in zip(answers, REVIEWS)]
-        assert abs(score - sum(right) / len(right)) < 1e-3
-
-
-def test_one_text_is_timed_without_padding(folders, capsys, monkeypatch):
-    """costs.py: every method sees every text alone, as long as it is."""
-    from experiments import costs
-
-    folder, glue = folders
-    for name, number in dict(BATCH_SIZE=2, NUM_BATCHES=2, NUM_TEXTS=3).items():
-        monkeypatch.setattr(costs, name, number)
-    widths, forward = [], train.Adapted.forward
-    monkeypatch.setattr(train.Adapted, "forward", lambda model, tokens, lengths, *rest: widths.append(
-        (*tokens.shape, lengths.max().item())) or forward(model, tokens, lengths, *rest))
-    monkeypatch.setattr(train, "load_model", any_model.load_model)
-    monkeypatch.setattr(costs.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="0"))
-    table = costs.costs(SimpleNamespace(folder=str(folder), data=str(glue), dtype="float32"))
-    assert [row.split(" | ")[0].strip("| ") for row in table.splitlines()[2:]] == ["no prompt", *costs.METHODS]
-    alone = [(width, longest) for rows, width, longest in widths if rows == 1]
-    assert len(alone) == 3 * 6 * 2 and all(width == longest for width, longest in alone)
+    assert stop.value.code == 2 and ": error: " in line and message in line
