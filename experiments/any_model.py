@@ -4,9 +4,8 @@
     python -m experiments.any_model --adapter runs/... --predict "a witty film"
     python -m experiments.any_model compare FOLDER --task sst2 --data DIR    a table of experiments/compare.py
 
-FOLDER holds a model as Transformers saves it, or one .gguf file, and so does that of --encoder, which may be
-of any other family and have a tokenizer of its own. What train.py asks of a frozen model are the methods of
-AnyModel, of an encoder AnyEncoder's, of a tokenizer Tokenizer's: nothing else knows of Transformers.
+FOLDER holds a model as Transformers saves it, or one .gguf file, and so does that of --encoder, of any family.
+What train.py asks of these are the methods of AnyModel, AnyEncoder and Tokenizer.
 """
 
 import hashlib

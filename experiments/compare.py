@@ -48,10 +48,6 @@ ABLATIONS = {
     "heads that start as released": dict(head_std=0.02), "a start of N(0, 1) as released": dict(init_std=1.0),
     "h after 1 block": dict(encoder_blocks=1), "h after 2 blocks": dict(encoder_blocks=2)}
 
-# More to change, for models deeper than the tiny GPT: in the table when --ablate names it.
-ON_REQUEST = {f"h after {blocks} blocks": dict(encoder_blocks=blocks) for blocks in (0, 10, 20)} | {
-    "heads that start at random": dict(head_std=0.05)}
-
 RATES = ("lr", "head_lr", "encoder_lr")
 FACTORS = (1, 1 / 3, 3)                  # of train.py's learning rates, to try; of equals the first wins
 ALL = [*train.CHOICES["method"], *(f"lopa-{control}" for control in evidence.CONTROLS)]
@@ -250,9 +246,8 @@ def build_parser() -> argparse.ArgumentParser:
     rows = own.add_mutually_exclusive_group()
     rows.add_argument("--methods", type=methods, default=ALL, metavar="A,B",
                       help="these alone (default: all, and LoPA's controls)")
-    rows.add_argument("--ablate", nargs="*", metavar="CHANGE", choices=[*ABLATIONS, *ON_REQUEST],
-                      help="change one thing about LoPA at a time (default: " + "; ".join(ABLATIONS) +
-                      ". On request: " + "; ".join(ON_REQUEST) + ")")
+    rows.add_argument("--ablate", nargs="*", metavar="CHANGE", choices=ABLATIONS,
+                      help="change one thing about LoPA at a time: " + "; ".join(ABLATIONS))
     own.add_argument("--seeds", type=seeds, default=[0, 1, 2, 3, 4], metavar="A,B", help="default: 0,1,2,3,4")
     own.add_argument("--rates", default=None, metavar="FILE", help="try no learning rates, but take those "
                      "that another study's runs.jsonl ended with; default: train.py's")
@@ -278,8 +273,7 @@ def main(argv: list[str] | None = None) -> None:
         given = {f.name: typed[f.name] for f in fields(Config) if f.name in typed}
         kind, changes = "compare", {name: dict(method=method_of(name)[0]) for name in args.methods}
         if "ablate" in typed:
-            kind, known = "ablate", ABLATIONS | ON_REQUEST
-            changes = {name: known[name] for name in args.ablate or ABLATIONS}
+            kind, changes = "ablate", {name: ABLATIONS[name] for name in args.ablate or ABLATIONS}
         base, configs = Config(**given), {name: Config(**given | change) for name, change in changes.items()}
         for seed in args.seeds:
             replace(base, seed=seed)                                   # ValueError, if it is none

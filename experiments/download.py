@@ -3,8 +3,7 @@
     python -m experiments.download gpt2 sst2 rte                into the folder downloads, or --to DIR
     python train.py --task sst2 --model downloads/gpt2 --data downloads
 
-A file that is there is kept, and one that is not whole never gets its name. MRPC is not among these: put its
-train.tsv and dev.tsv into DIR/MRPC by hand.
+A file that is there is kept, one that is not whole never gets its name. (MRPC's go into DIR/MRPC by hand.)
 """
 
 import argparse

@@ -54,7 +54,7 @@ def controlled(problem: Problem, control: str | None, seed: int = 0) -> Problem:
 
 
 def blind_tuned(model: Adapted, problem: Problem) -> None:
-    """The control "blind" of a tuned encoder: that reads the text, and the model the template's end alone."""
+    """The control "blind" of a tuned encoder: it reads the text, and the model the template's end."""
     ending = template_ending(problem.task, problem.tokenizer).to(problem.label_ids.device)
 
     def read(tokens: Tensor, lengths: Tensor, instance: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,10 @@ WAYS = ("naive", "pt", "lopa", "lora", "peft pt", "peft lora", "peft pt, label w
 LABELS, BATCH_SIZE = torch.tensor([5, 7]), 32
 
 
-def ours(way: str) -> Callable[[Encoded], torch.Tensor]:
+def make(way: str) -> Callable[[Encoded], torch.Tensor]:
+    """One of WAYS -> a function that takes a batch, makes a step and returns the loss."""
+    if way.startswith("peft"):
+        return peft(way)
     gpt = random_gpt(GPTConfig())
     config = train.Config(**CONFIG | dict(method="lopa" if way == "naive" else way))
     model = train.Adapted(config, gpt, encoder := InstanceEncoder(gpt), LABELS).train()
@@ -77,10 +80,6 @@ def peft(way: str) -> Callable[[Encoded], torch.Tensor]:
         return loss.detach()
 
     return step
-
-
-def make(way: str) -> Callable[[Encoded], torch.Tensor]:
-    return peft(way) if way.startswith("peft") else ours(way)
 
 
 def random_batch(seed: int = 0) -> Encoded:
