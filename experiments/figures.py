@@ -1,160 +1,197 @@
-"""Draw the pictures of README.md and tutorial.md from saved runs:
+"""Draw the pictures of the pages, each for a light and for a dark ground, from saved runs:
 
     python -m pip install -r requirements.txt -r experiments/requirements.txt
-    python -m experiments.compare --task sst2
     python train.py --task sst2
-    python train.py --task sst2 --method pt
+    python -m experiments.compare --task sst2
     python -m experiments.figures
 """
 
-import json
-import math
-import statistics
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean, stdev
 
-import matplotlib
-
-matplotlib.use("svg")
 import matplotlib.pyplot as plt
 import torch
-from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, Patch, Rectangle
 
 import data
 import train
+from experiments import compare, evidence
 
 ROOT = Path(train.__file__).parent
-RUN = "sst2-{}-tiny-seed0"               # folder of a run
-SENTENCES = ["the plot is very witty", "the plot is very dull", "the plot is not dull"]
-COLOURS = {"lopa": "#b3541e", "pt": "#1f5fa8", "idpg": "#2e7d5b", "lora": "#777777"}
-ROW_STYLES = {"pt": "o-", "idpg": "^-", "lopa": "D-", "lora": "s-"}
-# A white ground and dark ink: legible on GitHub's light and dark pages alike.
-plt.rcParams |= {"svg.hashsalt": "lopa", "figure.facecolor": "white", "font.size": 10,
-                 "axes.spines.top": False, "axes.spines.right": False}
+GREY, MADE = "#6e7781", "#d9a521"        # what is frozen or beside the point; what is computed for each text
+FAMILIES = {"one prompt for all texts": ("#3b82d6", "pt dpt bpt residual"), "LoPA": ("#d9622b", "lopa"),
+            "IDPG": ("#2e9e6b", "idpg"), "moves the text's embeddings": (GREY, "dept adept"),
+            "changes the model": ("#a06cd5", "lora full")}
+COLOURS = {method: colour for colour, methods in FAMILIES.values() for method in methods.split()}
+NAMES = {"pt": "prompt tuning", "dpt": "DPT", "bpt": "BPT", "residual": "residual", "lopa": "LoPA",
+         "idpg": "IDPG", "dept": "DePT", "adept": "ADePT", "lora": "LoRA", "full": "full fine-tuning"}
+plt.switch_backend("svg")
+# Text stays text, and is no smaller than 12 px (9.5 pt); a figure is 900 px wide.
+plt.rcParams |= {"svg.hashsalt": "lopa", "svg.fonttype": "none", "savefig.transparent": True,
+                 "font.size": 10.5, "font.sans-serif": ["DejaVu Sans", "Verdana", "sans-serif"],
+                 "mathtext.fontset": "dejavusans", "legend.frameon": False, "axes.titlesize": 12,
+                 "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.spines.top": False,
+                 "axes.spines.right": False, "figure.constrained_layout.h_pad": 0.1}
 
 
-def lines_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def axes_of(height: int) -> tuple[plt.Figure, plt.Axes]:
+    return plt.subplots(figsize=(900 / 96, height / 96), layout="constrained")
 
 
-def accuracy_against_parameters(folder: Path) -> Figure:
-    by_method = {}
-    for run in lines_of(folder / "sst2-compare-tiny" / "runs.jsonl")[1:]:
-        if run["stage"] == "seed" and not run["control"]:
-            by_method.setdefault(run["method"], []).append(run)
-    figure, axes = plt.subplots(figsize=(7, 4))
-    for method, runs in by_method.items():
-        scores = [run["accuracy"] for run in runs]
-        size, mean = runs[0]["trainable_parameters"], statistics.mean(scores)
-        server = method in ("lora", "full")
-        spread = statistics.stdev(scores) if len(scores) > 1 else 0
-        axes.errorbar(size, mean, spread, fmt="s" if server else "o", capsize=3,
-                      color=COLOURS["lopa"] if method == "lopa" else "#777777" if server else COLOURS["pt"])
-        axes.annotate(method, (size, mean), xytext={"bpt": (7, -11), "lopa": (-10, -16)}.get(method, (7, 4)),
-                      textcoords="offset points")
-    zero_shot = json.loads((folder / RUN.format("lopa") / "result.json").read_text())["zero_shot"]
-    axes.axhline(zero_shot, color="#777777", linewidth=0.8, linestyle="--")
-    axes.text(0.99, zero_shot, "zero-shot", color="#555555", fontsize=9, ha="right", va="bottom",
-              transform=axes.get_yaxis_transform())
-    axes.set(xscale="log", xlabel="trainable parameters (squares: they live in the server's model)",
-             ylabel=f"dev accuracy, {len(scores)} seeds", title="built-in sst2 sample, not GLUE")
+def lopa(_: Path) -> plt.Figure:
+    """The method. x and y are pixels, y downwards."""
+    figure = plt.figure(figsize=(900 / 96, 430 / 96))
+    figure.add_axes((0, 0, 1, 1), xlim=(0, 900), ylim=(430, 0)).axis("off")
+    axes, trained, opacity = figure.gca(), COLOURS["lopa"], torch.Generator().manual_seed(4)
+    boxes = [(30 + 52 * i, 134, 44, 32, MADE, f"$z_{i + 1}$") for i in range(4)]
+    boxes += [(262 + 78 * i, 134, 70, 32, GREY, word)
+              for i, word in enumerate("the plot is not dull . It was".split())]
+    arrows = [(x + width / 2, 134, x + width / 2, 106) for x, _, width, *_ in boxes]
+    arrows += [(843, 52, 843, 32), (118, 252, 118, 200), (588, 290, 544, 290), (714, 290, 676, 290),
+               (772, 290, 736, 290), (824, 200, 824, 258)]
+    boxes += [(20, 52, 860, 50, GREY, ""), (588, 262, 84, 56, trained, "two small\nheads"),
+              (772, 262, 104, 56, GREY, "frozen\nencoder")]
+    words = [(x + width / 2, y + height / 2, text, 10.5) for x, y, width, height, _, text in boxes]
+    words += [(450, 77, "frozen language model", 14), (843, 20, "great", 14), (119, 340, "$Z_{S}$", 14),
+              (302, 340, "$U$", 14), (429, 340, r"$V^{\,\mathrm{T}}$", 14), (725, 340, "$h$", 14),
+              (229, 289, "⊙", 19), (264, 289, "σ (", 19), (329, 289, "·", 19), (531, 289, ")", 19),
+              (134, 186, "virtual tokens: the rows of Z", 9.5), (767, 228, "the same text", 9.5),
+              (452, 186, "the text, embedded, with the end of its template", 9.5),
+              (119, 363, "m × d", 9.5), (302, 363, "m × r", 9.5), (429, 363, "r × d", 9.5),
+              (119, 382, "one per task", 9.5), (374, 382, "two thin factors for each text: its gate", 9.5)]
+    for x, y, width, height, colour, _ in boxes:
+        axes.add_patch(FancyBboxPatch((x, y), width, height, "round,pad=0,rounding_size=6", edgecolor=colour,
+                                      facecolor=colour + "26", linewidth=1.4))
+    for x, y, *end in arrows:
+        axes.annotate("", end, (x, y), arrowprops=dict(arrowstyle="-|>", color=GREY, shrinkA=0, shrinkB=0))
+    for x, y, text, size in words:
+        axes.text(x, y, text, size=size, ha="center", va="center", alpha=0.7 if size < 10 else 1,
+                  weight="bold" if size == 14 else "normal")
+    for x, y, rows, columns, colour in ((30, 260, 4, 12, trained), (288, 260, 4, 2, MADE),
+                                        (340, 275, 2, 12, MADE), (718, 268, 3, 1, MADE)):
+        for i, alpha in enumerate(0.3 + 0.7 * torch.rand(rows * columns, generator=opacity)):
+            axes.add_patch(Rectangle((x + 15 * (i % columns), y + 15 * (i // columns)), 13.5, 13.5,
+                                     color=colour, alpha=alpha.item(), linewidth=0))
+    legend = {"trained (the user's)": trained, "computed for each text": MADE, "frozen (shared)": GREY}
+    figure.legend([Patch(color=colour) for colour in legend.values()], legend, loc="lower center", ncols=3)
     return figure
 
 
-def training_curves(folder: Path) -> Figure:
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2))
-    for method, name in (("lopa", "LoPA"), ("pt", "prompt tuning")):
-        epochs = lines_of(folder / RUN.format(method) / "metrics.jsonl")
-        for panel, quantity in zip(axes, ("loss", "accuracy")):
-            panel.plot([line["epoch"] for line in epochs], [line[quantity] for line in epochs], "o-",
-                       markersize=3, color=COLOURS[method], label=name)
-            panel.set(xlabel="epoch",
-                      ylabel={"loss": "training loss", "accuracy": "dev accuracy"}[quantity])
-    axes[0].legend(frameon=False)
+def seeds(path: Path) -> dict[str, list[dict]]:
+    """The finished runs of each row of a comparison."""
+    runs = [run for run in compare.read_lines(path)[2:] if run["stage"] == "seed"]
+    return {run["row"]: [other for other in runs if other["row"] == run["row"]] for run in runs}
+
+
+def two_by_two(folder: Path) -> plt.Figure:
+    runs, (figure, axes) = seeds(folder / "sst2-compare-tiny" / "runs.jsonl"), axes_of(350)
+    kinds = {"all": "all 872", "plain": 'plain\n"it is dull"', "negated": 'negated\n"it is not dull"',
+             "contrast": 'contrast\n"warm , but dull"', "negated contrast": 'negated contrast\n"but not bad"'}
+    for i, (row, colour, label) in enumerate((
+            ("lopa", COLOURS["lopa"], "LoPA: both"), ("pt", COLOURS["pt"], "prompt tuning: the model reads"),
+            ("lopa-blind", "#e8b088", "LoPA without the text: the prompt knows"))):
+        scores = [[(run["accuracy_by_kind"] | {"all": run["accuracy"]})[kind] for run in runs[row]]
+                  for kind in kinds]
+        bars = axes.bar([x + 0.2 * (x > 0) + 0.27 * (i - 1) for x in range(5)], list(map(mean, scores)), 0.25,
+                        color=colour, label=label)
+        axes.bar_label(bars, fmt="%.2f", padding=-14, size=9.5, color="#1f2328")
+    axes.axhline(0.5, color=GREY, linewidth=1, linestyle="--", label="neither", zorder=0)
+    axes.set_xticks([x + 0.2 * (x > 0) for x in range(5)], kinds.values())
+    axes.set(ylim=(0, 1.03), ylabel=f"dev accuracy, mean of {len(scores[0])} seeds",
+             title="The model alone fails at negations, the prompt alone at contrasts; LoPA at neither")
+    figure.legend(loc="outside lower center", ncols=4)
     return figure
-
-
-def adapted(folder: Path) -> tuple[train.Adapted, torch.Tensor, torch.Tensor]:
-    """(adapted model, h of SENTENCES, probabilities), from a run's folder"""
-    adapter = train.load_state(folder / "adapter.pt")
-    config = train.Config(**adapter["config"] | dict(device="cpu", cache=str(ROOT / ".cache"), quiet=True))
-    gpt, encoder, tokenizer = train.load_frozen(config)
-    task = data.Task(**adapter["task"])
-    model = train.restore(adapter, gpt, encoder, data.label_tokens(task, tokenizer))
-    split = data.encode(task, [({"sentence": sentence}, 0) for sentence in SENTENCES], tokenizer, 100)
-    split = replace(split, instances=train.instance_embeddings(encoder, split))
-    return model.eval(), split.instances, train.predict(model, split)
 
 
 @torch.no_grad()
-def gates(folder: Path) -> Figure:
-    model, instances, probabilities = adapted(folder / RUN.format("lopa"))
-    U, V = model.prompt.factors(instances)
-    figure, axes = plt.subplots(len(SENTENCES), 1, figsize=(8, 5.2), layout="constrained")
-    images = torch.sigmoid(U @ V.transpose(1, 2))                      # (3, m, d)
-    for panel, sentence, gate, p in zip(axes, SENTENCES, images, probabilities[:, 1]):
-        image = panel.imshow(gate, aspect="auto", cmap="viridis", vmin=0, vmax=1,
-                             interpolation="none")                     # the values, not an enlarged picture
-        panel.set(title=f'"{sentence}"  (P(positive) = {p:.2f})', ylabel="virtual token", yticks=[0, 9])
-        panel.title.set_fontsize(10)
-    axes[-1].set_xlabel("embedding feature")
-    figure.colorbar(image, ax=axes, label="gate, sigmoid of U Vᵀ")
+def swap(folder: Path) -> plt.Figure:
+    """The trained LoPA reads texts behind the prompts of others; is its answer what their last word says?"""
+    adapter = train.load_state(folder / "sst2-lopa-tiny-seed0" / "adapter.pt")
+    problem = train.prepare(train.Config(**adapter["config"] | dict(cache=str(ROOT / ".cache"), quiet=True)))
+    model = train.restore(adapter, problem.gpt, problem.encoder, problem.label_ids)
+    texts = ["the plot is witty", "the plot is dull", "the plot is not dull"]
+    split = data.encode(problem.task, [({"sentence": text}, 0) for text in texts], problem.tokenizer, 100)
+    h, test = train.instance_embeddings(problem.encoder, split), problem.test
+    other = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
+    negated = torch.tensor(["negated" in kind for kind in evidence.kinds(problem)])
+    answers = train.predict(model, replace(test, instances=test.instances[other])).argmax(dim=1)
+    as_word = (answers == test.labels ^ negated).float()               # the label is the one xor the other
+    figure, axes = axes_of(310)
+    for i, (label, colour, of, here) in enumerate((
+            ("behind its own prompt (dev: another's, without negation)", MADE, h, ~negated[other]),
+            (f'behind that of "{texts[2]}" (dev: another negated one\'s)', COLOURS["lopa"], h[[2, 2, 2]],
+             negated[other]))):
+        p = train.predict(model, replace(split, instances=of))         # (3, 2)
+        bars = axes.barh([place + 0.4 * i for place in range(3)], [p[0, 1], p[1, 0], as_word[here].mean()],
+                         0.38, color=colour, label=label)
+        axes.bar_label(bars, fmt="%.2f", padding=4, weight="bold")
+    axes.set_yticks([0.2, 1.2, 2.2], [f'"{texts[0]}":\nP(positive)', f'"{texts[1]}":\nP(negative)',
+                                      f"all {len(other)} dev sentences:\nas the last word says"])
+    axes.set(xlim=(0, 1.05), title="The prompt of a negated sentence turns another text's answer round")
+    axes.invert_yaxis()
+    figure.legend(loc="outside lower center")
     return figure
 
 
-@torch.no_grad()
-def singular_values(folder: Path) -> Figure:
-    model, instances, _ = adapted(folder / RUN.format("lopa"))
-    U, V = model.prompt.factors(instances)
-    figure, axes = plt.subplots(figsize=(5.5, 3.4))
-    for name, matrix, style in [
-        ("Z_I = U Vᵀ of one sentence", U[2] @ V[2].T, "o-"),
-        ("Z of the same sentence", model.prompt.prompt(instances)[2], "s-"),
-        ("the prompt of prompt tuning", adapted(folder / RUN.format("pt"))[0].prompt.soft_prompt, "^-"),
-    ]:
-        values = torch.linalg.svdvals(matrix)
-        axes.plot(range(1, len(values) + 1), values / values[0], style, markersize=4, label=name)
-    axes.set(xlabel="index", ylabel="singular value / largest")
-    axes.legend(frameon=False, fontsize=9)
+def accuracy_against_parameters(folder: Path) -> plt.Figure:
+    path, (figure, axes) = folder / "sst2-compare-tiny" / "runs.jsonl", axes_of(430)
+    runs, zero_shot, below = seeds(path), compare.read_lines(path)[1]["zero_shot"], (0, -20, "center")
+    sides = {"dpt": (0, 14, "center"), "adept": (-10, -4, "right"),
+             "bpt": below, "lopa": below, "full": below, "lora": below}
+    for row in filter(NAMES.get, runs):
+        scores, size = [run["accuracy"] for run in runs[row]], runs[row][0]["trainable_parameters"]
+        height, spread, (x, y, ha) = mean(scores), stdev(scores), sides.get(row, (10, -4, "left"))
+        axes.errorbar(size, height, [[spread], [min(spread, 1 - height)]], color=COLOURS[row], capsize=3,
+                      fmt="s" if row in ("lora", "full") else "o", markersize=10 if row == "lopa" else 7)
+        axes.annotate(NAMES[row], (size, height), (x, y), textcoords="offset points", ha=ha,
+                      weight="bold" if row == "lopa" else "normal")
+    for label, (colour, _) in FAMILIES.items():
+        axes.plot([], [], "s" if label == "changes the model" else "o", color=colour, label=label)
+    axes.axhline(zero_shot, color=GREY, linewidth=1, linestyle="--", zorder=0)
+    axes.text(350_000, zero_shot + 0.006, f"no prompt: {zero_shot:.3f}", alpha=0.7, ha="right")
+    axes.set(xscale="log", xlim=(200, 350_000), ylim=(0.54, 1.03), xlabel="trained parameters",
+             ylabel=f"dev accuracy, {len(scores)} seeds",
+             title="One prompt for all texts is not enough; one for each is")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    figure.legend(loc="outside lower center", ncols=5)
     return figure
 
 
-def accuracy_against_rows(_: Path) -> Figure:
-    """On SmolLM2-135M and real SST-2, from compare's committed runs: at the rate that was chosen first."""
-    scores, steps, rate = {}, {}, {}                       # of (method, rows to train on); of rows; as scores
-    for name in ("smollm2-sst2-250", "smollm2-sst2", "smollm2-sst2-4000"):
-        for run in lines_of(ROOT / "experiments" / "results" / name / "runs.jsonl")[1:]:
-            if run["stage"] == "seed" and not run["control"] and run["method"] in ROW_STYLES:
-                rows = run["max_train"]
-                if rate.setdefault((run["method"], rows), run["lr"]) != run["lr"]:
-                    continue
-                scores.setdefault((run["method"], rows), []).append(run["accuracy"])
-                steps[rows] = run["epochs"] * math.ceil(rows / run["batch_size"])
-    figure, axes = plt.subplots(figsize=(6, 3.6))
-    for i, (method, style) in enumerate(ROW_STYLES.items()):
-        sizes = sorted(rows for name, rows in scores if name == method)
-        places = [rows * 1.04 ** (i - 1.5) for rows in sizes]          # beside each other, not on top
-        means = [statistics.mean(scores[method, rows]) for rows in sizes]
-        axes.plot(places, means, style, markersize=5, label=method, color=COLOURS[method])
-        for place, rows in zip(places, sizes):                         # each seed
-            axes.plot([place] * len(scores[method, rows]), scores[method, rows], "_", color=COLOURS[method])
-    axes.set(xscale="log", xlabel="labelled rows", ylabel="dev accuracy, 3 seeds",
-             title="SmolLM2-135M, real SST-2")
-    axes.set_xticks(sizes, [f"{rows:,}\n{steps[rows]} steps" for rows in sizes])
-    axes.minorticks_off()
-    axes.legend(frameon=False, fontsize=9)
+def real_model(_: Path) -> plt.Figure | None:
+    """SmolLM2-135M and real SST-2, from compare's committed runs: every seed, by where the prompt starts."""
+    results, (figure, axes) = ROOT / "experiments" / "results", axes_of(380)
+    starts = {"smollm2-noise": "the prompt starts as noise",
+              "smollm2-vocabulary": "the prompt starts as\ntokens of the vocabulary"}
+    shown = {"pt": ("prompt tuning", COLOURS["pt"]), "lopa-constant": ("LoPA, the same h for all", "#b98a6a"),
+             "lopa": ("LoPA", COLOURS["lopa"])}
+    if not all((results / name / "runs.jsonl").exists() for name in (*starts, "smollm2-lora")):
+        return None
+    for place, name in enumerate(starts):
+        study = seeds(results / name / "runs.jsonl")
+        for i, (row, (_, colour)) in enumerate(shown.items()):
+            if scores := [run["accuracy"] for run in study.get(row, [])]:
+                x = place + 0.22 * (i - 1)
+                axes.plot([x - 0.07, x + 0.07], [mean(scores)] * 2, color=colour, linewidth=3)
+                axes.plot([x] * len(scores), scores, "o", color=colour, alpha=0.6)
+    lora = mean(run["accuracy"] for run in seeds(results / "smollm2-lora" / "runs.jsonl")["lora"])
+    axes.axhline(lora, color=COLOURS["lora"], linewidth=1.5, linestyle="--", zorder=0)
+    axes.set(xlim=(-0.5, 1.5), ylabel="dev accuracy of each seed, and the mean",
+             title="On a real model it matters where the prompt starts")
+    axes.set_xticks([0, 1], starts.values())
+    labels, colours = zip(*shown.values(), ("LoRA, mean", COLOURS["lora"]))
+    figure.legend([Patch(color=colour) for colour in colours], labels, loc="outside lower center", ncols=4)
     return figure
-
-
-FIGURES = [accuracy_against_parameters, training_curves, gates, singular_values, accuracy_against_rows]
 
 
 def main(folder: Path = Path("runs"), out: Path = ROOT / "assets") -> None:
-    for draw in FIGURES:
-        name = draw.__name__.replace("_", "-")
-        figure = draw(folder)
-        figure.savefig(out / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
-        plt.close(figure)
+    for suffix, ink in (("", "#1f2328"), ("-dark", "#e6edf3")):
+        for part in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"):
+            plt.rcParams[part] = ink
+        for draw in (lopa, two_by_two, swap, accuracy_against_parameters, real_model):
+            name = draw.__name__.replace("_", "-") + suffix
+            if figure := draw(folder):
+                figure.savefig(out / f"{name}.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":

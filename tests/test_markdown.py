@@ -26,19 +26,19 @@ def anchors(name: str) -> set[str]:
 
 
 def links(text: str) -> list[tuple[str, str]]:
-    return re.findall(r"\[([^\]]*)\]\(([^)\s]+)\)", text)
+    return re.findall(r"""(?:\[([^\]]*)\]\(|\bsrc(?:set)?=")([^)"\s]+)[)"]""", text)
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_fences_are_closed(name):
-    assert len(re.findall(r"^```", (ROOT / name).read_text(), flags=re.MULTILINE)) % 2 == 0
+def test_fences_are_closed_and_no_line_in_them_is_cut_off(name):
+    _, *fences = re.split(r"^```", (ROOT / name).read_text(), flags=re.MULTILINE)
+    assert len(fences) % 2 == 0
+    assert not [line for fence in fences[::2] for line in fence.splitlines()[1:] if len(line) > 97]
 
 
 @pytest.mark.parametrize("name", PAGES)
 def test_every_link_picture_and_anchor_is_there(name):
-    for _, target in links(prose(name)):
-        if target.startswith("https://"):
-            continue
+    for target in [target for _, target in links(prose(name)) if not target.startswith("https://")]:
         file, _, anchor = target.partition("#")
         page = (ROOT / name).parent / file if file else ROOT / name    # from that page's folder
         assert page.is_file() and page.resolve().is_relative_to(ROOT), target
