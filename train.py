@@ -48,10 +48,10 @@ from lopa import METHODS, Adapted, SoftPrompt, add_lora, get_nb_trainable_parame
 from model import GPT, InstanceEncoder, cosine_factor, short
 
 # Peak learning rates on the tiny GPT and on a real model, of Z_S or what is in its place. Those on the tiny
-# GPT were chosen on held-out training rows of the sample; on a real model those of lopa, idpg, pt, dpt and
-# lora were tried with SmolLM2-135M and SST-2 (experiments/README.md), the others nobody has tried.
+# GPT were chosen on held-out training rows of the sample, on a real model those of lopa, pt and lora on those
+# of SST-2 with SmolLM2-135M (experiments/results: smollm2-vocabulary, -lora); the others are guesses.
 LEARNING_RATES = {"dpt": (3e-2, 1e-2), "bpt": (1e-2, 1e-2), "residual": (1e-2, 1e-3), "dept": (3e-2, 1e-2),
-                  "adept": (1e-2, 3e-3), "lora": (3e-3, 1e-3), "full": (1e-3, 3e-5)}
+                  "adept": (1e-2, 3e-3), "lora": (3e-3, 3e-3), "full": (1e-3, 3e-5)}
 DEFAULT_LEARNING_RATES = (3e-2, 3e-2)    # of the other methods
 HEAD_LEARNING_RATES = (3e-3, 1e-3)       # of the heads on h
 
