@@ -1,6 +1,5 @@
 """Draw the pictures of the pages, each for a light and for a dark ground, from saved runs:
 
-    python -m pip install -r requirements.txt -r experiments/requirements.txt
     python train.py --task sst2
     python -m experiments.compare --task sst2
     python -m experiments.figures
@@ -170,7 +169,8 @@ def real_model(_: Path) -> plt.Figure | None:
     for place, name in enumerate(starts):
         study = seeds(results / name / "runs.jsonl")
         for i, (row, (_, colour)) in enumerate(shown.items()):
-            if scores := [run["accuracy"] for run in study.get(row, [])]:
+            runs = study.get(row, [])                                  # at the rate that was chosen
+            if scores := [run["accuracy"] for run in runs if run["lr"] == runs[0]["lr"]]:
                 x = place + 0.22 * (i - 1)
                 axes.plot([x - 0.07, x + 0.07], [mean(scores)] * 2, color=colour, linewidth=3)
                 axes.plot([x] * len(scores), scores, "o", color=colour, alpha=0.6)
