@@ -452,10 +452,7 @@ def right(task: Task, predictions: Tensor, labels: Tensor, tokenizer: tiktoken.E
 
 
 def label_tokens(task: Task, tokenizer: tiktoken.Encoding) -> Tensor:
-    """Token ids of the label words, or of what ends an answer: the end mark, then line ends, (number,).
-
-    Raises ValueError for a label word that is not one token.
-    """
+    """Tokens (n,): label words, each a single one or ValueError; or an answer's end mark, then line ends."""
     ids = [tokenizer.eot_token] if task.answer else []
     if task.answer and task.one_line:
         ids += [token for token in range(tokenizer.n_vocab) if "\n" in tokenizer.decode([token])]
@@ -539,7 +536,8 @@ def read_table(path: Path, skip_short: bool) -> Iterator[tuple[str, dict]]:
     """("FILE, line N", its values by column) of a .jsonl file, an object a line, or of tab-separated cells.
 
     The latter are under a line of column names, unquoted like GLUE's. Only a line feed ends a line; blank
-    ones are left out, with `skip_short` short ones, too. ValueError: other numbers of cells."""
+    ones are left out, with `skip_short` short ones, too. ValueError: other numbers of cells.
+    """
     header = None
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         where = f"{path}, line {number}"

@@ -190,7 +190,7 @@ class DecomposedPromptTuning(SoftPrompt):
 
 
 class BilinearPromptTuning(DecomposedPromptTuning):
-    """DPT's product with another start: the low-rank form of BPT (Wang et al. 2025, arXiv 2506.22908)."""
+    """DPT's A (m, r), B (r, d), Z (B, m, d) from another start: BPT (Wang et al. 2025, arXiv 2506.22908)."""
 
     def __init__(self, embed_dim: int, num_virtual_tokens: int = 10, rank: int = 4, **unused):
         super().__init__(embed_dim, num_virtual_tokens, rank, **unused)

@@ -245,10 +245,15 @@ class InstanceEncoder(nn.Module):
         mean = (hidden * real[..., None]).sum(dim=1) / lengths[:, None]                # (B, d)
         return (mean - self.mean) / self.std                           # Eq. (5)
 
+    @staticmethod
+    def scale(instances: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings (N, d_h) -> mean and deviation of every feature, (d_h,), (d_h,)."""
+        std = instances.std(dim=0, correction=int(len(instances) > 1))
+        return instances.mean(dim=0), std.where(std > 1e-6, 1e30)      # what does not vary is 0 for all
+
     def fit(self, instances: Tensor) -> Tensor:
         """The training split's embeddings (N, d_h), made before -> the same, standardised from now on."""
-        self.mean, std = instances.mean(dim=0), instances.std(dim=0, correction=int(len(instances) > 1))
-        self.std = std.where(std > 1e-6, 1e30)                         # what does not vary is 0 for all
+        self.mean, self.std = self.scale(instances)
         return (instances - self.mean) / self.std
 
 

@@ -74,8 +74,7 @@ def flag(default, help: str):
 
 @dataclass
 class Config:
-    """All that a result depends on, and how to run. None becomes the default of the method and the model, and
-    dataclasses.replace keeps it: for another method or model make a new Config."""
+    """All that a result depends on, and how to run. What is None gets the method's or the model's default."""
 
     task: str = flag(None, "what to learn, an entry of TASKS in data.py")
     method: str = flag("lopa", "one of lopa.py's METHODS; lora and full change the model itself")
@@ -123,8 +122,8 @@ class Config:
                      hidden_dim=256 if real else 64, device=DEVICES[-1] if real else "cpu",
                      init="vocab" if words else "noise",
                      encoder_blocks=0 if (self.encoder or self.model) == "tiny" else None)
-        for name, value in usual.items():
-            if getattr(self, name) is None:
+        for name, value in usual.items():                              # dataclasses.replace keeps them: for
+            if getattr(self, name) is None:                            # another method make a new Config
                 setattr(self, name, value)
 
     def deciding(self) -> dict:
@@ -223,8 +222,7 @@ def fit(config: Config, model: Adapted, problem: "Problem", folder: Path | None 
 
 
 def parts(split: Encoded, order: Sequence[Tensor]) -> Iterator[tuple[Encoded, float]]:
-    """This process's part of each batch, and a weight for its mean loss, with which the average that
-    DistributedDataParallel takes of the processes' gradients is the whole batch's."""
+    """This process's part of each batch, and a weight by which the average over processes is the batch's."""
     process, num_processes = rank_and_world_size()
     shares = [rows[process::num_processes] for rows in order]
     for rows, whole, batch in zip(shares, order, batches(split, shares)):
@@ -366,18 +364,19 @@ def build(config: Config, problem: Problem) -> Adapted:
     """The frozen model with one method on it, its initial values drawn from the seed, or words'."""
     torch.manual_seed(config.seed)
     model = Adapted(config, problem.gpt, problem.encoder, problem.label_ids)
-    if config.init_text is not None or config.init == "vocab":
-        # peft's SAMPLE_VOCAB, but of common words: what a BPE has learned first, behind bytes and marks.
-        m, text, n_vocab = config.num_virtual_tokens, config.init_text, problem.gpt.config.vocab_size
+    m, text, n_vocab = config.num_virtual_tokens, config.init_text, problem.gpt.config.vocab_size
+    if text is not None:
+        tokens = problem.tokenizer.encode_ordinary(text) if text.strip() else []
+    elif config.init == "vocab":         # peft's SAMPLE_VOCAB, of what a BPE learns first: common words
         tokens = torch.randint(min(300, n_vocab // 2), min(5300, n_vocab), (m,),
                                generator=torch.Generator().manual_seed(config.seed)).tolist()
-        if text is not None:
-            tokens = problem.tokenizer.encode_ordinary(text) if text.strip() else []
-        if not 0 < len(tokens) <= m or not getattr(model.prompt, "start_from", None):
-            raise ValueError(f"a start as {len(tokens)} tokens: it takes a word, at most {m} tokens and "
-                             f"a method whose prompt can start as words, not {config.method}")
-        over_and_over = torch.tensor([tokens[i % len(tokens)] for i in range(m)], device=config.device)
-        model.prompt.start_from(problem.gpt.embed(over_and_over))      # (m, d)
+    else:
+        return model
+    if not 0 < len(tokens) <= m or not getattr(model.prompt, "start_from", None):
+        raise ValueError(f"a start as {len(tokens)} tokens: it takes a word, at most {m} tokens and "
+                         f"a method whose prompt can start as words, not {config.method}")
+    over_and_over = torch.tensor([tokens[i % len(tokens)] for i in range(m)], device=config.device)
+    model.prompt.start_from(problem.gpt.embed(over_and_over))          # (m, d)
     return model
 
 
@@ -424,13 +423,12 @@ def new_folder(out: str | None, name: str) -> Path:
     """Make `out`, which is new or empty; or runs/NAME, or where that is taken runs/NAME-2, NAME-3, ..."""
     for number in itertools.count(1):
         folder = Path(out or "runs/" + name + f"-{number}" * (number > 1))
-        folder.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError):
-            folder.mkdir()                                             # of two at the same time one gets it
+            folder.mkdir(parents=True)                                 # of two at the same time one gets it
             return folder
         if out and any(folder.iterdir()):
             raise ValueError(f"--out: {folder} is not empty: name a new folder, or leave --out out")
-        elif out:
+        if out:
             return folder
 
 

@@ -4,7 +4,7 @@
     python -m experiments.any_model --adapter runs/... --predict "a witty film"
     python -m experiments.any_model compare FOLDER --task sst2 --data DIR    a table of experiments/compare.py
 
-FOLDER holds a model as Transformers saves it, or one .gguf file, and so does that of --encoder, of any family.
+FOLDER holds a model as Transformers saves it, or one .gguf file; so does that of --encoder, of any family.
 What train.py asks of these are the methods of AnyModel, AnyEncoder and Tokenizer.
 """
 
@@ -112,12 +112,6 @@ class AnyModel(nn.Module):
             pad_token_id=ends[0].item(), max_new_tokens=max_new_tokens, do_sample=False)
         return F.pad(tokens, (0, max_new_tokens - tokens.shape[1]), value=ends[0].item())
 
-    def fingerprint(self) -> str:
-        """Of the weights, and of what the tokenizer that load_model found makes of a text."""
-        return GPT.fingerprint(self) + self.tokenizer_digest
-
-    tokenizer_digest = ""
-
 
 class Tokenizer:
     """A tokenizer of Transformers as tiktoken's are: no token is added to a text, and none in it is special.
@@ -161,8 +155,7 @@ class AnyEncoder(InstanceEncoder):
         own.pad_token, own.padding_side = own.pad_token or own.eos_token, "right"
         self.own_tokenizer, self.tokenizer = own, tokenizer
         self.max_length = min(own.model_max_length, c.max_position_embeddings)     # more is cut off
-        of_own = digest(len(own), own(string.printable)["input_ids"])
-        encoder.fingerprint = lambda: GPT.fingerprint(encoder) + of_own
+        give_fingerprint(encoder, len(own), own(string.printable)["input_ids"])
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """The model's tokens (B, T), right-padded, and lengths (B,) -> h (B, d_h)."""
@@ -201,9 +194,10 @@ def read(kind: type, name: str, config: train.Config) -> tuple[nn.Module, Callab
     return model.to(config.device), tokenizer
 
 
-def digest(n_vocab: int, tokens: list[int]) -> str:
-    """Of a tokenizer: its size and what it makes of every printable sign, as a part of a fingerprint."""
-    return "-" + hashlib.sha256(str([n_vocab, *tokens]).encode()).hexdigest()[:6]
+def give_fingerprint(model: nn.Module, n_vocab: int, tokens: list[int]) -> None:
+    """Of its weights and its tokenizer: that one's size, and what it makes of every printable sign."""
+    digest = hashlib.sha256(str([n_vocab, *tokens]).encode()).hexdigest()[:6]
+    model.fingerprint = lambda: f"{GPT.fingerprint(model)}-{digest}"
 
 
 def load_model(name: str, config: train.Config) -> tuple[AnyModel, Tokenizer]:
@@ -213,7 +207,7 @@ def load_model(name: str, config: train.Config) -> tuple[AnyModel, Tokenizer]:
     if tokenizer.n_vocab > model.config.vocab_size:
         raise ValueError(f"{name}: its tokenizer has {tokenizer.n_vocab} tokens, the model "
                          f"{model.config.vocab_size}")
-    model.tokenizer_digest = digest(tokenizer.n_vocab, tokenizer.encode_ordinary(string.printable))
+    give_fingerprint(model, tokenizer.n_vocab, tokenizer.encode_ordinary(string.printable))
     return model.requires_grad_(False).eval(), tokenizer
 
 

@@ -72,7 +72,8 @@ def study(args: argparse.Namespace, kind: str, base: Config, configs: dict[str, 
                 if args.rates is None}
     for name, config in configs.items():                               # ValueError now, if it cannot be
         evidence.controlled(problem, method_of(name)[1])
-        train.build(config, problem)
+        if config.init_text is not None or config.init == "vocab":
+            train.build(config, problem)
     about = dict(study=kind) | base.deciding() | problem.made_of
     lines = read_lines(path) if path.exists() else [about]
     for name, here in about.items():                                   # these five are the runs' own

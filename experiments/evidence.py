@@ -15,6 +15,7 @@ import data
 import train
 from data import Encoded
 from lopa import Adapted, Head
+from model import InstanceEncoder
 from train import Config, Problem
 
 CONTROLS = {"shuffled": "with another text's h", "constant": "with the same h for all",
@@ -85,9 +86,8 @@ def hold_out(problem: Problem, count: int) -> Problem:
     held[by_label[torch.arange(count) * N // count]] = True            # evenly spaced among the sorted labels
     held = held.to(problem.train.labels.device)
     train, test = problem.train[~held], problem.train[held]
-    mean, std = train.instances.mean(dim=0), train.instances.std(dim=0)        # of what trains, and no other
-    train, test = (replace(split, instances=(split.instances - mean) / std.where(std > 1e-6, 1e30))
-                   for split in (train, test))
+    mean, std = InstanceEncoder.scale(train.instances)                 # of what trains, and no other
+    train, test = (replace(split, instances=(split.instances - mean) / std) for split in (train, test))
     return replace(problem, train=train, tests={"held-out training rows": test}, ids={})
 
 
