@@ -2,15 +2,14 @@
 
     python -m experiments.compare --task sst2                           every method, five seeds (12 minutes)
     python -m experiments.compare --task sst2 --seeds 0 --rates default      quick: one run of each
-    python -m experiments.compare --task rte --methods pt,lopa,lopa-blind --seeds 0,1
     python -m experiments.compare --task sst2 --ablate                  LoPA's ablations (15 minutes); some:
     python -m experiments.compare --task sst2 --ablate "rank 1" "as it is"
     python -m experiments.any_model compare FOLDER --task sst2 ...      the same on a model of Transformers
     python -m experiments.compare --table experiments/results/NAME/runs.jsonl
 
 For each row of the table three learning rates, a third of train.py's, its and three times it, are tried on a
-fifth of the training rows, held out (of the encoder, with --tune-encoder). The best one then trains on all of
-them, once for each seed, and the last epoch is scored on dev, which nothing was chosen on. A control,
+fifth of the training rows, held out; with --tune-encoder the encoder's alone. The best one then trains on all
+of them, once for each seed, and the last epoch is scored on dev, which nothing was chosen on. A control,
 METHOD-shuffled, METHOD-constant or METHOD-blind, is the method at its rates with another text's h, the same h
 for all, or without the text, which an encoder that is tuned still reads.
 
@@ -71,6 +70,8 @@ def study(args: argparse.Namespace, kind: str, base: Config, configs: dict[str, 
     held_out = {blocks: evidence.hold_out(whole, len(whole.train) // 5) for blocks, whole in problems.items()
                 if args.rates is None}
     for name, config in configs.items():                               # ValueError now, if it cannot be
+        if config.tune_encoder and not (sees_h(config.method) and method_of(name)[1] in (None, "blind")):
+            raise ValueError(f"--tune-encoder has no effect on {name}: name others with --methods")
         evidence.controlled(problem, method_of(name)[1])
         if config.init_text is not None or config.init == "vocab":
             train.build(config, problem)
@@ -150,8 +151,8 @@ def locked(folder: Path) -> Iterator[None]:
 def rates_to_try(source: str | None, configs: dict[str, Config]) -> dict[str, list[dict[str, float]]]:
     """Of each row three learning rates, or one: train.py's ("default"), or another study's choice."""
     if source in (None, "default"):
-        factors = (1,) if source else FACTORS                          # to one digit
-        return {name: [{rate: float(f"{factor * getattr(config, rate):.1g}")
+        factors = (1,) if source else FACTORS
+        return {name: [{rate: float(f"{factor * getattr(config, rate):.1g}")           # to one digit
                         for rate in (RATES[2:] if config.tune_encoder else RATES[:2])}
                        for factor in factors] for name, config in configs.items()}
     rates = {line["row"]: {rate: line[rate] for rate in RATES}
@@ -167,11 +168,10 @@ def table(path: Path) -> str:
     """The table of a study's runs.jsonl, in Markdown."""
     about, before, *lines = read_lines(path)
     ablate = about["study"] == "ablate"
-    see_h = [name for name, cls in METHODS.items() if "instance_dim" in inspect.signature(cls).parameters]
     groups: dict[tuple, list[dict]] = {}                               # the seeds of a row at one rate
     for line in lines:
         if line["stage"] == "seed":
-            rates = f"{line['lr']:g}" + f", {line['head_lr']:g}" * (line["method"] in see_h)
+            rates = f"{line['lr']:g}" + f", {line['head_lr']:g}" * sees_h(line["method"])
             rates += f", {line['encoder_lr']:g}" * line["tune_encoder"]
             groups.setdefault((line["row"], rates), []).append(line)
     rows = [[name, "" if ablate else trained(name), f"{runs[0]['trainable_parameters']:,}", summary(runs),
@@ -193,6 +193,10 @@ def method_of(row: str) -> tuple[str, str | None]:
     """"lopa-blind" -> ("lopa", "blind"), "lopa" -> ("lopa", None)."""
     method, _, control = row.rpartition("-")
     return (method, control) if control in evidence.CONTROLS else (row, None)
+
+
+def sees_h(method: str) -> bool:
+    return method in METHODS and "instance_dim" in inspect.signature(METHODS[method]).parameters
 
 
 def trained(row: str) -> str:

@@ -178,6 +178,8 @@ def test_the_changes_that_are_named_are_the_rows_and_one_that_changes_nothing_is
     ("--task sst2 --ablate --methods pt", "argument --methods: not allowed with argument --ablate"),
     ("--task sst2 --methods pt,dpt --init-text good", "a start as 4 tokens: it takes a word, at most 10 tokens and"),
     ("--task sst2 --max-train 4", "0 of 4 rows cannot be held out"),
+    ("--task sst2 --tune-encoder --methods pt", "--tune-encoder has no effect on pt: name others"),
+    ("--task sst2 --tune-encoder --methods lopa-constant", "--tune-encoder has no effect on lopa-constant"),
 ])
 def test_bad_flags_get_one_clear_line(tiny, capsys, tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
