@@ -10,6 +10,7 @@ What train.py asks of these are the methods of AnyModel, AnyEncoder and Tokenize
 
 import hashlib
 import os
+import re
 import string
 import sys
 from collections.abc import Callable
@@ -183,10 +184,12 @@ def read(kind: type, name: str, config: train.Config) -> tuple[nn.Module, Callab
     except Exception as error:                                         # each kind of file has its own ones
         raise ValueError(f"{name}: Transformers cannot read a model and its tokenizer there: "
                          f"{short(error, 160)}") from None
-    if missing := found["missing_keys"]:                               # which it filled with random numbers
+    model.pooler = None                  # an encoder's: no part of h, and random where the files have none
+    if missing := [key for key in found["missing_keys"] if "pooler." not in key]:      # they are random now
         raise ValueError(f"{name} lacks {len(missing)} of the model's tensors, {short(min(missing))} for "
                          "one: get the files again")
-    if more := found.get("unexpected_keys"):                           # of blocks that config.json lacks, say
+    in_block = r"\.\d+\." if kind is AutoModel else ""                 # it has no output layer
+    if more := [key for key in found.get("unexpected_keys", ()) if re.search(in_block, key)]:
         raise ValueError(f"{name} has {len(more)} tensors that config.json does not ask for, "
                          f"{short(min(more))} for one: is it another model's?")
     if not all(p.isfinite().all() for p in model.parameters()):

@@ -224,7 +224,7 @@ def bert(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     transformers.BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "bert")
     config = transformers.BertConfig(**SIZES | dict(vocab_size=len(words)))
-    transformers.BertModel(config).save_pretrained(tmp_path / "bert")
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "bert")        # as published: no pooler, and an output layer
     return tmp_path / "bert"
 
 
@@ -248,7 +248,7 @@ def test_train_py_runs_with_it_goes_on_and_predicts_and_another_one_is_refused(c
     command("--resume", "run")
     assert "is finished" in capsys.readouterr().out
     weights = safetensors.torch.load_file(bert / "model.safetensors")
-    weights["embeddings.LayerNorm.bias"] += 1
+    weights["bert.embeddings.LayerNorm.bias"] += 1
     safetensors.torch.save_file(weights, bert / "model.safetensors", {"format": "pt"})
     with pytest.raises(SystemExit):
         command("--adapter", "run", "--predict", "a great film")
