@@ -320,7 +320,10 @@ def read_config(path: Path) -> GPTConfig:
     for name, value in usual.items():
         if found.get(name) not in (None, value):
             raise ValueError(f"{path}: {name} is not {value!r}: another model than GPT-2")
-    return GPTConfig(**sizes, layer_norm_epsilon=float(found.get("layer_norm_epsilon", 1e-5)))
+    epsilon = found.get("layer_norm_epsilon", 1e-5)
+    if type(epsilon) is not float or not 0 < epsilon < 1:
+        raise ValueError(f"{path}: layer_norm_epsilon is {short(epsilon)}, no small number")
+    return GPTConfig(**sizes, layer_norm_epsilon=epsilon)
 
 
 def read_weights(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -166,6 +166,7 @@ def test_a_tensor_that_does_not_belong_or_is_not_finite_is_named(tmp_path, name,
 
 @pytest.mark.parametrize("name, value, words", [
     *(("n_embd", value, "no size of a GPT-2") for value in (None, 0, True, 4.0, "4", 10**9)),
+    ("layer_norm_epsilon", None, "layer_norm_epsilon is None, no small number"),
     ("n_head", 3, "n_head is 3, no size of a GPT-2"), ("model_type", "gpt_neo", "model_type is not 'gpt2'"),
     ("n_inner", 81, "n_inner is not 80"), ("scale_attn_weights", False, "scale_attn_weights is not True"),
 ])
