@@ -340,8 +340,8 @@ class Adapted(nn.Module):
     """A frozen GPT with one method on it. What requires a gradient is what is trained, saved and counted.
 
     config has train.py's fields; its `method` is a key of METHODS, or "lora" or "full". Without one the model
-    is bare, zero-shot. gpt has embed, hidden_at and logits, as model.py's, and encoder makes h. LoRA, full
-    fine-tuning and a tuned encoder work on copies, the latter two in float32: `gpt` and `encoder` themselves
+    is bare, zero-shot. gpt has config, embed, hidden_at, logits and generate, as model.GPT; encoder makes h.
+    LoRA, full fine-tuning and a tuned encoder work on copies, the latter two in float32: `gpt` and `encoder`
     never change. label_ids: (labels,), tokens; of a task with answers those that end one.
     """
 
