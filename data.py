@@ -358,8 +358,7 @@ class Encoded:
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Encoded":
         """The same split with every tensor changed."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})
+        return replace(self, **{name: change(t) for name, t in vars(self).items() if t is not None})
 
 
 def encode_text(task: Task, fields: dict[str, str], tokenizer: tiktoken.Encoding,
@@ -376,8 +375,8 @@ def encode_text(task: Task, fields: dict[str, str], tokenizer: tiktoken.Encoding
         max(pieces[1::2], key=len)[-1:] = []
     tokens = [token for piece in pieces for token in piece]
     if len(tokens) > max_length or not tokens:
-        raise ValueError(f"template {task.template!r} needs more than the {max_length} tokens the "
-                         "context leaves: lower --num-virtual-tokens")
+        raise ValueError(f"template {task.template!r} alone has {len(tokens)} tokens, the context leaves "
+                         f"{max_length}: lower --num-virtual-tokens, or give it a text")
     return tokens, excess > 0
 
 
@@ -501,7 +500,7 @@ def read_splits(folder: Path, task: Task) -> dict[str, list[Row]]:
     if not whole.is_file():
         return {name: read_rows(folder / f"{task.folder}_{name}.jsonl", task) for name in names}
     rows = read_rows(whole, task)        # CruxEval has no splits: 400 and 400 functions, always the same
-    scored = random.Random(0).sample(range(len(rows)), len(rows) // 2)
+    scored = dict.fromkeys(random.Random(0).sample(range(len(rows)), len(rows) // 2))
     train = [row for i, row in enumerate(rows) if i not in scored]
     return {"train": train, task.dev_splits[0]: [rows[i] for i in scored]}
 

@@ -47,12 +47,12 @@ from data import Encoded, batches, load_tensors
 from lopa import METHODS, Adapted, SoftPrompt, add_lora, get_nb_trainable_parameters
 from model import GPT, InstanceEncoder, cosine_factor, short
 
-# Peak learning rates on the tiny GPT and on a real model, of Z_S or what is in its place. Those on the tiny
-# GPT were chosen on held-out training rows of the sample, on a real model those of lopa, pt and lora on those
-# of SST-2 with SmolLM2-135M (experiments/results: smollm2-vocabulary, -lora); the others are guesses.
-LEARNING_RATES = {"dpt": (3e-2, 1e-2), "bpt": (1e-2, 1e-2), "residual": (1e-2, 1e-3), "dept": (3e-2, 1e-2),
-                  "adept": (1e-2, 3e-3), "lora": (3e-3, 3e-3), "full": (1e-3, 3e-5)}
-DEFAULT_LEARNING_RATES = (3e-2, 3e-2)    # of the other methods
+# Peak learning rates on the tiny GPT and on a real model, of Z_S or what is in its place; lopa's are pt's and
+# idpg's, too. Those on the tiny GPT are where experiments/compare.py begins to try; on a real model those of
+# lopa, pt and lora were chosen on held-out rows of SST-2 with SmolLM2-135M (experiments/results:
+# smollm2-vocabulary, -lora), and the others are guesses.
+LEARNING_RATES = {"lopa": (3e-2, 3e-2), "dpt": (3e-2, 1e-2), "bpt": (1e-2, 1e-2), "residual": (1e-2, 1e-3),
+                  "dept": (3e-2, 1e-2), "adept": (1e-2, 3e-3), "lora": (3e-3, 3e-3), "full": (1e-3, 3e-5)}
 HEAD_LEARNING_RATES = (3e-3, 1e-3)       # of the heads on h
 
 # What there is to compute on; the last one is for models other than the tiny GPT, which is too small for it.
@@ -96,13 +96,13 @@ class Config:
     encoder_blocks: int | None = flag(None, "h is read after these, 0: bag of words (default: half; tiny: 0)")
     tune_encoder: bool = flag(False, "train a copy of the encoder too, as released for GLUE")
     encoder_lr: float | None = flag(None, "its peak learning rate")
-    dtype: str = flag("float32", "of the frozen model; what is trained stays float32")
+    dtype: str = flag("float32", "of the frozen model; bfloat16 is slow where no hardware computes in it")
     pretrain_seed: int = flag(0, "of the tiny GPT")
     # For ablations, and so no flags:
     init_std: float | None = None        # of the prompt at the start (None: as the model's embeddings)
     head_std: float | None = None        # of the heads at the start, 0.02 as released (None: U = 0)
     fusion: str = "gate"                 # how Z_S and Z_I meet in LoPA
-    out: str | None = flag(None, "run folder, new or empty (default: a new one under runs/)")
+    out: str | None = flag(None, "run folder, a new one (default: under runs/)")
     save_every: int | None = flag(None, "steps between checkpoints (default: an epoch's)")
     quiet: bool = flag(False, "print the result alone, as one line of JSON")
     device: str | None = flag(None, "where to compute (default: cpu for tiny, else a GPU if there is one)")
@@ -115,7 +115,7 @@ class Config:
             if type(value) in (int, float) and not least <= value <= most:
                 raise ValueError(f"--{name.replace('_', '-')}: {value} is not between {least} and {most:g}")
         real = self.model != "tiny"
-        rates = LEARNING_RATES.get(self.method, DEFAULT_LEARNING_RATES)
+        rates = LEARNING_RATES.get(self.method, LEARNING_RATES["lopa"])
         words = real and self.fusion in ("gate", "add") and getattr(METHODS.get(self.method), "start_from", 0)
         usual = dict(encoder=self.model, lr=rates[real], head_lr=HEAD_LEARNING_RATES[real],
                      encoder_lr=LEARNING_RATES["full"][real], dropout=0.1 if real else 0.0,
@@ -212,8 +212,7 @@ def fit(config: Config, model: Adapted, problem: "Problem", folder: Path | None 
                     config=asdict(config), step=step, losses=gathered([x.item() for x in losses]),
                     metrics=metrics, seconds=time.time() - began, optimizer=optimizer.state_dict()))
         if len(metrics) < epoch:
-            every_loss = torch.tensor(gathered([x.item() for x in losses]), dtype=torch.float64)
-            loss, losses = every_loss.sum().item() / len(split), []
+            loss, losses = sum(map(sum, gathered([x.item() for x in losses]))) / len(split), []
             score = problem.accuracy(predict(model, problem.test), problem.test)
             metrics.append(dict(epoch=epoch, loss=loss, accuracy=score, seconds=time.time() - began))
             config.say(f"epoch {epoch}/{config.epochs}: loss {loss:.4f}, {problem.test_name} accuracy "
@@ -264,7 +263,7 @@ def every_row(split: Encoded, width: int, compute: Callable[[Encoded], Tensor]) 
     """compute(batch) -> (rows, width), for all rows: (N, width). Processes share the batches."""
     order = split.lengths.argsort() if split.ragged else torch.arange(len(split), device=split.labels.device)
     process, num_processes = rank_and_world_size()
-    mine = order.split(256 if split.labels.ndim == 1 else 64)[process::num_processes]  # answers take memory
+    mine = order.split(64)[process::num_processes]                     # larger ones outgrow a CPU's caches
     result = torch.zeros(len(split), width, device=order.device)
     for rows, batch in zip(mine, batches(split, mine)):
         result[rows] = compute(batch).float()
@@ -375,7 +374,7 @@ def build(config: Config, problem: Problem) -> Adapted:
     if not 0 < len(tokens) <= m or not getattr(model.prompt, "start_from", None):
         raise ValueError(f"a start as {len(tokens)} tokens: it takes a word, at most {m} tokens and "
                          f"a method whose prompt can start as words, not {config.method}")
-    over_and_over = torch.tensor([tokens[i % len(tokens)] for i in range(m)], device=config.device)
+    over_and_over = torch.tensor((tokens * m)[:m], device=config.device)
     model.prompt.start_from(problem.gpt.embed(over_and_over))          # (m, d)
     return model
 
@@ -420,16 +419,14 @@ def fingerprint(gpt: GPT, encoder: InstanceEncoder) -> str:
 
 
 def new_folder(out: str | None, name: str) -> Path:
-    """Make `out`, which is new or empty; or runs/NAME, or where that is taken runs/NAME-2, NAME-3, ..."""
+    """Make `out`, which is new; or runs/NAME, or where that is taken runs/NAME-2, NAME-3, ..."""
     for number in itertools.count(1):
         folder = Path(out or "runs/" + name + f"-{number}" * (number > 1))
         with suppress(FileExistsError):
             folder.mkdir(parents=True)                                 # of two at the same time one gets it
             return folder
-        if out and any(folder.iterdir()):
-            raise ValueError(f"--out: {folder} is not empty: name a new folder, or leave --out out")
         if out:
-            return folder
+            raise ValueError(f"--out: {folder} is there: name a new folder, or leave --out out")
 
 
 def save(path: Path, content) -> None:
@@ -581,10 +578,8 @@ def build_parser() -> argparse.ArgumentParser:
     for number, f in enumerate(f for f in fields(Config) if f.metadata):
         kind, default = f.type if isinstance(f.type, type) else f.type.__args__[0], f.default
         help = f.metadata["help"] + f" (default: {default})" * (default is not None and kind is not bool)
-        choices = CHOICES.get(f.name)
-        how = dict(type=kind, choices=choices, metavar=None if choices else kind.__name__.upper())
-        (first if number < 8 else more).add_argument("--" + f.name.replace("_", "-"), help=help,
-                                                     **(dict(action="store_true") if kind is bool else how))
+        how = dict(action="store_true") if kind is bool else dict(type=kind, choices=CHOICES.get(f.name))
+        (first if number < 8 else more).add_argument("--" + f.name.replace("_", "-"), help=help, **how)
     more.add_argument("--resume", metavar="DIR", help="go on with the run in DIR after its checkpoint")
     more.add_argument("--predict", metavar="TEXT", help="print label and probabilities of TEXT, or of the "
                       "lines of standard input (-), tab-separated; a tab parts a pair's texts")
@@ -594,11 +589,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line. Exits with 2 and one line for bad input, 130 for Ctrl-C."""
+    typed = vars((parser := build_parser()).parse_args(argv))
     try:
-        typed = vars(build_parser().parse_args(argv))
         resume, predict, adapter = (typed.pop(name, None) for name in ("resume", "predict", "adapter"))
-        if (predict is None) != (adapter is None):
-            raise ValueError("--predict TEXT and --adapter DIR go together")
+        if (predict is None) != (adapter is None) or resume and adapter:
+            raise ValueError("--predict TEXT and --adapter DIR go together, without --resume")
         state, folder = None, resume or adapter
         if folder is not None:
             if other := typed.keys() - set(HOW_TO_RUN[1:]):
@@ -611,11 +606,13 @@ def main(argv: list[str] | None = None) -> None:
         elif "task" not in typed:
             raise ValueError(f"name a task: --task {' or '.join(data.TASKS)}")
         config = Config(**typed)
-        used = inspect.signature({**METHODS, "lora": add_lora, "full": main}[config.method]).parameters
+        used = inspect.signature({**METHODS, "lora": add_lora, "full": lambda: 0}[config.method]).parameters
         for name in typed if state is None else ():
             needed = "instance_dim" if name.startswith(("encoder", "head_", "tune_")) else name
-            if needed in SoftPrompt.KEYWORDS and needed not in used:
-                raise ValueError(f"--{name.replace('_', '-')} has no effect with --method {config.method}")
+            idle = dict(encoder_lr=not config.tune_encoder, init=config.init_text is not None).get(name)
+            if idle or needed in SoftPrompt.KEYWORDS and needed not in used:
+                raise ValueError(f"--{name.replace('_', '-')} has no effect with --method {config.method}"
+                                 + " and the other flags" * bool(idle))
         if predict is not None:
             return predict_texts(predict, config, state)
         if "LOCAL_RANK" in os.environ:                                 # torchrun sets it
@@ -624,11 +621,9 @@ def main(argv: list[str] | None = None) -> None:
         if is_first_process():
             print(json.dumps(result))
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        print(f"{COMMAND.split()[-1]}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        parser.error(" ".join(str(error).split()))
     except KeyboardInterrupt as interrupt:
-        print(f"{COMMAND.split()[-1]}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
-        sys.exit(130)
+        parser.exit(130, f"{parser.prog}: {str(interrupt) or 'interrupted'}\n")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

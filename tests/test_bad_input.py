@@ -66,24 +66,23 @@ def unchanged(place, refused):
 
 @pytest.mark.parametrize("line, words", [
     # a value that is none
-    ("--task sst3", "argument --task: invalid choice: 'sst3'"),
-    ("--task sst2 --ran 3", "unrecognized arguments: --ran 3"),
+    ("--task sst3", "argument --task: invalid choice: 'sst3'"), ("--task sst2 --ran 3", "unrecognized arguments: --ran 3"),
     ("--task sst2 --fusion add", "unrecognized arguments: --fusion add"),      # a field without a flag
     ("--task sst2 --epochs 1.5", "argument --epochs: invalid int value: '1.5'"),
-    ("--task sst2 --rank 0", " 0 is not between"),
-    ("--task sst2 --lr nan", " nan is not between"),
+    ("--task sst2 --rank 0", " 0 is not between"), ("--task sst2 --lr nan", " nan is not between"),
     ("--task sst2 --dropout 1", " 1.0 is not between 0 and 0.99"),
     # no effect on this method or command, or a combination that cannot be
     ("", "name a task: --task "),
     ("--task sst2 --method pt --rank 2", "--rank has no effect with --method pt"),
     ("--task sst2 --method dpt --init vocab", "a start as 10 tokens: it takes a word, at most 10 tokens and a method whose"),
+    ("--task sst2 --encoder-lr 1", "--encoder-lr has no effect with --method lopa and the other flags"),
     ("--adapter run", "--predict TEXT and --adapter DIR go together"),
+    ("--adapter run --predict x --resume cut", "--predict TEXT and --adapter DIR go together, without --resume"),
     ("--adapter run --predict x --seed 3", "--seed is the run's in run: leave it out"),
-    ("--resume cut --rank 3", "--rank is the run's in cut: leave it out"),
-    ("--resume run --out other", "--out is the run's in run: leave it out"),
+    ("--resume cut --rank 3", "--rank is the run's in cut"), ("--resume run --out other", "--out is the run's in run"),
     # folders that are not there, or not free
     ("--resume empty", "empty/checkpoint.pt"), ("--adapter cut --predict x", "cut/adapter.pt"),
-    ("--task sst2 --out run", "--out: run is not empty: name a new folder"),
+    ("--task sst2 --out run", "--out: run is there: name a new folder"),
     ("--task sst2 --out file", "file"), ("--task sst2 --cache file/cache", "file/cache"),
     # models and data that are not there, or too small
     ("--task sst2 --encoder gpt3", "there is no folder gpt3: name tiny or a folder with a GPT-2"),
@@ -92,8 +91,8 @@ def unchanged(place, refused):
     ("--task sst2 --data bad", "bad/SST-2/train.tsv, line 3: label 'maybe' is none of 0, 1"),   # all rules: test_data.py
     ("--task sst2 --model gpt", "gpt/model.safetensors cannot be read"),       # test_pretrained.py
     ("--task mnli", "task mnli has no built-in sample"),
-    ("--task sst2 --num-virtual-tokens 126", "needs more than the 2 tokens the context leaves"),
-    ("--task rewrite --num-virtual-tokens 120", "needs more than the 0 tokens the context leaves"),
+    ("--task sst2 --num-virtual-tokens 126", "alone has 3 tokens, the context leaves 2"),
+    ("--task rewrite --num-virtual-tokens 120", "tokens, the context leaves 0"),
     ("--task sst2 --data glue --lr 1e9 --method full", "not finite: start again with a lower --lr"),
 ])
 def test_what_is_typed_wrongly(unchanged, line, words):

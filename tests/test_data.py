@@ -96,7 +96,7 @@ def test_a_long_text_loses_its_end_and_never_the_templates(tiny):
         tokens, cut = data.encode_text(SST2, {"sentence": sentence}, tokenizer, room)
         assert cut == (room < 39) and len(tokens) == min(room, 39)
         assert tokenizer.decode(tokens) == " ".join(sentence.split()[:room - 3]) + " . It was"
-    with pytest.raises(ValueError, match="needs more than the 2 tokens"):
+    with pytest.raises(ValueError, match="alone has 3 tokens, the context leaves 2"):
         data.encode_text(SST2, {"sentence": sentence}, tokenizer, 2)
     pair = replace(SST2, fields={"my text": "a", "b": "b"}, template="{my text} . {b} . It was")     # the longest field is cut
     tokens, cut = data.encode_text(pair, {"my text": "the plot is dull and the cast fails", "b": "the plot works"}, tokenizer, 12)

@@ -67,7 +67,7 @@ def interrupt(monkeypatch, place, wanted, *argv):
 @pytest.mark.slow
 @pytest.mark.parametrize("attempt", range(int(os.environ.get("KILLS", 2))))
 def test_a_run_killed_at_any_moment_ends_bit_for_bit_as_if_nothing_had_been(unbroken, command, tmp_path, attempt):
-    argv = [*command, "--save-every", "1", "--out", str(tmp_path)]
+    argv = [*command, "--save-every", "1", "--out", str(tmp_path := tmp_path / "run")]
     process = subprocess.Popen([sys.executable, "train.py", *argv], cwd=REPOSITORY, stdout=subprocess.PIPE,
                                env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
     while not (tmp_path / "checkpoint.pt").exists():
@@ -112,7 +112,7 @@ def test_a_full_disk_stops_with_one_line_and_loses_nothing(unbroken, command, tm
     with monkeypatch.context() as patched:
         patched.setattr(data, "save_file", save_file)
         try:
-            error = refused(*command, "--out", tmp_path)
+            error = refused(*command, "--out", tmp_path := tmp_path / "run")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "File too large" in error and f"to go on: python train.py --resume {tmp_path}" in error
@@ -136,14 +136,14 @@ def test_numbers_that_are_not_finite_stop_the_run_and_are_not_saved(
         return function(*arguments)
 
     monkeypatch.setattr(module, name, spoilt)
-    assert f"{words} not finite: start again with a lower --lr" in refused(*command, "--out", tmp_path)
+    assert f"{words} not finite: start again with a lower --lr" in refused(*command, "--out", tmp_path := tmp_path / "run")
     assert not (tmp_path / "adapter.pt").exists() and data.load_file(tmp_path / "checkpoint.pt")["step"] == saved
 
 
 def test_quiet_prints_one_line_of_json_and_changes_nothing_else_and_resuming_what_is_finished_nothing_at_all(
         unbroken, command, tmp_path, capsys):
     capsys.readouterr()
-    train.main([*command, "--quiet", "--out", str(tmp_path)])
+    train.main([*command, "--quiet", "--out", str(tmp_path := tmp_path / "run")])
     printed = capsys.readouterr()
     assert json.loads(printed.out) == json.loads((tmp_path / "result.json").read_text()) and not printed.err
     assert printed.out.count("\n") == 1 and outcome(tmp_path) == unbroken

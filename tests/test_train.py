@@ -96,11 +96,10 @@ def test_repeating_a_command_makes_a_folder_of_its_own_and_touches_nothing(tiny,
     train.main(argv)
     again = first.with_name(first.name + "-2")
     assert (again / "adapter.pt").read_bytes() == (first / "adapter.pt").read_bytes()     # the same seed, the same run
-    assert f"--out: {first} is not empty: name a new folder" in refused(*argv, "--out", first)
+    assert f"--out: {first} is there: name a new folder" in refused(*argv, "--out", first)
     assert {path: path.read_bytes() for path in first.iterdir()} == before
-    (tmp_path / "empty").mkdir()
-    train.main([*argv, "--seed", "1", "--out", "empty"])
-    assert (tmp_path / "empty/adapter.pt").read_bytes() != before[first / "adapter.pt"]
+    train.main([*argv, "--seed", "1", "--out", "other"])
+    assert (tmp_path / "other/adapter.pt").read_bytes() != before[first / "adapter.pt"]
 
 
 @pytest.mark.slow
@@ -396,7 +395,7 @@ the villain is very weak""".splitlines()
 
 @pytest.mark.slow
 def test_the_readmes_first_command_leaves_an_adapter_that_answers_what_a_newcomer_types_on_any_console(tiny, tmp_path):
-    train.main(["--task", "sst2", "--out", str(tmp_path)])
+    train.main(["--task", "sst2", "--out", str(tmp_path := tmp_path / "run")])
     texts = POSITIVE + NEGATIVE
     done = subprocess.run([sys.executable, "train.py", "--adapter", tmp_path, "--predict", "-"],
                           input="\n".join([*texts, "a caf\u00e9 film"]), text=True, encoding="utf-8", capture_output=True,
