@@ -61,7 +61,7 @@ def test_a_blind_model_reads_the_prompt_and_the_ending_alone_from_first_to_last(
     train.fit(config, adapted, blind)
     scores = train.predict(adapted, blind.test)
     ending = tiny[1].encode_ordinary(" . It was")
-    assert len(read) == 2 + 4 + 4                                      # steps, and 872 rows twice
+    assert len(read) == 2 + 14 + 14                                    # steps, and 872 rows twice
     for x, last in read:
         assert x.shape[1] in (len(ending), 10 + len(ending)) and set(last.tolist()) == {x.shape[1] - 1}
         assert torch.equal(x[:, -len(ending):], tiny[0].wte.weight[ending].expand(len(x), -1, -1))

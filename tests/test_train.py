@@ -108,7 +108,7 @@ def test_repeating_a_command_makes_a_folder_of_its_own_and_touches_nothing(tiny,
 def test_a_reloaded_adapter_gives_identical_probabilities(tiny, tmp_path, monkeypatch, flags):
     seen = []
     monkeypatch.setattr(train, "predict", lambda *a, predict=train.predict: seen.append(predict(*a)) or seen[-1])
-    train.main([*"--task sst2 --max-train 64 --epochs 1 --out".split(), str(tmp_path), *flags.split()])
+    train.main([*"--task sst2 --max-train 64 --epochs 1 --out".split(), str(tmp_path := tmp_path / "run"), *flags.split()])
     adapter, task = train.load_state(tmp_path / "adapter.pt"), data.TASKS["sst2"]
     gpt, encoder, tokenizer = train.load_frozen(train.Config(**adapter["config"]))
     assert train.fingerprint(gpt, encoder) == adapter["made_of"]["fingerprint"]
