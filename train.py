@@ -96,7 +96,7 @@ class Config:
     encoder_blocks: int | None = flag(None, "h is read after these, 0: bag of words (default: half; tiny: 0)")
     tune_encoder: bool = flag(False, "train a copy of the encoder too, as released for GLUE")
     encoder_lr: float | None = flag(None, "its peak learning rate")
-    dtype: str = flag("float32", "of the frozen model; bfloat16 is slow where no hardware computes in it")
+    dtype: str = flag("float32", "of the frozen model alone; bfloat16 is slow without hardware for it")
     pretrain_seed: int = flag(0, "of the tiny GPT")
     # For ablations, and so no flags:
     init_std: float | None = None        # of the prompt at the start (None: as the model's embeddings)

@@ -79,7 +79,8 @@ def unchanged(place, refused):
     ("--adapter run", "--predict TEXT and --adapter DIR go together"),
     ("--adapter run --predict x --resume cut", "--predict TEXT and --adapter DIR go together, without --resume"),
     ("--adapter run --predict x --seed 3", "--seed is the run's in run: leave it out"),
-    ("--resume cut --rank 3", "--rank is the run's in cut"), ("--resume run --out other", "--out is the run's in run"),
+    ("--resume cut --rank 3", "--rank is the run's in cut: leave it out"),
+    ("--resume run --out other", "--out is the run's in run: leave it out"),
     # folders that are not there, or not free
     ("--resume empty", "empty/checkpoint.pt"), ("--adapter cut --predict x", "cut/adapter.pt"),
     ("--task sst2 --out run", "--out: run is there: name a new folder"),
@@ -92,7 +93,7 @@ def unchanged(place, refused):
     ("--task sst2 --model gpt", "gpt/model.safetensors cannot be read"),       # test_pretrained.py
     ("--task mnli", "task mnli has no built-in sample"),
     ("--task sst2 --num-virtual-tokens 126", "alone has 3 tokens, the context leaves 2"),
-    ("--task rewrite --num-virtual-tokens 120", "tokens, the context leaves 0"),
+    ("--task rewrite --num-virtual-tokens 120", "alone has 1 tokens, the context leaves 0"),
     ("--task sst2 --data glue --lr 1e9 --method full", "not finite: start again with a lower --lr"),
 ])
 def test_what_is_typed_wrongly(unchanged, line, words):
