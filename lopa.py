@@ -221,7 +221,7 @@ class ResidualPromptTuning(PromptTuning):
 
 
 class IDPG(SoftPrompt):
-    """Z = reshape(Head(h)): all of it from the input (Wu et al. 2022, arXiv 2204.04497), no task component.
+    """Z = reshape(Head(h)): one head writes all of it (Wu et al. 2022, arXiv 2204.04497); b_2 is its Z_S.
 
     Shapes: h (B, d_h), Head(h) (B, m d), Z (B, m, d). Trainable: N = (d_h H + H) + (H + 1) m d.
     tanh as in LoPA's released re-implementation; IDPG's own code has GELU. It starts as LoPA does, with the
