@@ -32,7 +32,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import timedelta
 from pathlib import Path
 
 import tiktoken
@@ -194,8 +193,10 @@ def fit(config: Config, model: Adapted, problem: "Problem", folder: Path | None 
     shuffle = torch.Generator().manual_seed(config.seed)               # of the order of the rows alone
     step, losses, metrics = 0, [], []                                  # losses: of this epoch's steps
     if state:
-        step, losses, metrics = restore_checkpoint(state, model, optimizer)
-        began -= state["seconds"]
+        load_tensors(model.trained(), state["tensors"], "the checkpoint")
+        optimizer.load_state_dict(state["optimizer"])
+        losses = [torch.tensor(loss) for loss in state["losses"][rank_and_world_size()[0]]]
+        step, metrics, began = state["step"], state["metrics"], began - state["seconds"]
     for epoch in range(1, config.epochs + 1):
         order = data.shuffled_batches(split, config.batch_size, shuffle)       # of finished epochs too: it
         left = order[max(step - (epoch - 1) * steps_per_epoch, 0):]            # moves the generator on
@@ -223,9 +224,8 @@ def fit(config: Config, model: Adapted, problem: "Problem", folder: Path | None 
 def parts(split: Encoded, order: Sequence[Tensor]) -> Iterator[tuple[Encoded, float]]:
     """This process's part of each batch, and a weight by which the average over processes is the batch's."""
     process, num_processes = rank_and_world_size()
-    shares = [rows[process::num_processes] for rows in order]
-    for rows, whole, batch in zip(shares, order, batches(split, shares)):
-        yield batch, len(rows) * num_processes / len(whole)
+    for whole, batch in zip(order, batches(split, [rows[process::num_processes] for rows in order])):
+        yield batch, len(batch) * num_processes / len(whole)
 
 
 def require_finite(losses: list[Tensor], model: nn.Module, step: int) -> None:
@@ -333,9 +333,8 @@ def prepare(config: Config) -> Problem:
     sha256 = hashlib.sha256(label_ids.numpy())
     splits = {name: data.encode(task, rows, tokenizer, room)
               for name, rows in {"training": train_rows, **dev_rows}.items()}
-    for split in splits.values():
-        for tensor in (split.tokens, split.lengths, split.labels):
-            sha256.update(tensor.numpy())
+    for tensor in [t for split in splits.values() for t in (split.tokens, split.lengths, split.labels)]:
+        sha256.update(tensor.numpy())
     made_of = dict(data=source, fingerprint=fingerprint(gpt, encoder), data_sha256=sha256.hexdigest()[:12])
     every = gathered(config.deciding() | made_of | dict(save_every=config.save_every))
     problem, smallest = "", (len(train_rows) - 1) % config.batch_size + 1
@@ -422,8 +421,9 @@ def new_folder(out: str | None, name: str) -> Path:
     """Make `out`, which is new; or runs/NAME, or where that is taken runs/NAME-2, NAME-3, ..."""
     for number in itertools.count(1):
         folder = Path(out or "runs/" + name + f"-{number}" * (number > 1))
+        folder.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError):
-            folder.mkdir(parents=True)                                 # of two at the same time one gets it
+            folder.mkdir()                                             # of two at the same time one gets it
             return folder
         if out:
             raise ValueError(f"--out: {folder} is there: name a new folder, or leave --out out")
@@ -449,17 +449,6 @@ def load_state(path: Path) -> dict:
     if state.get("format") != FORMAT:
         raise ValueError(f"{path} is of format {short(state.get('format'))} and not {FORMAT}: train again")
     return state
-
-
-def restore_checkpoint(state: dict, model: Adapted, optimizer: torch.optim.Optimizer) -> tuple:
-    """Put a checkpoint's tensors where they were -> (steps done, this epoch's losses, metrics so far)."""
-    process, num_processes = rank_and_world_size()
-    if len(state["losses"]) != num_processes:
-        raise ValueError(f"the checkpoint is of {len(state['losses'])} processes and this run has "
-                         f"{num_processes}: start as many as before")
-    load_tensors(model.trained(), state["tensors"], "the checkpoint")
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"], [torch.tensor(loss) for loss in state["losses"][process]], state["metrics"]
 
 
 def restore(adapter: dict, gpt: GPT, encoder: InstanceEncoder, label_ids: Tensor) -> Adapted:
@@ -490,6 +479,9 @@ def run(config: Config, state: dict | None = None) -> dict:
         if state and state["made_of"] != problem.made_of:
             raise ValueError(f"{folder} was begun with other data or another model: {state['made_of']} then, "
                              f"{problem.made_of} now")
+        if state and len(state["losses"]) != (here := rank_and_world_size()[1]):
+            raise ValueError(f"the checkpoint is of {len(state['losses'])} processes and this run has "
+                             f"{here}: start as many as before")
         model = build(config, problem)
         result = config.deciding() | problem.made_of | describe(config, model, problem)
         metrics = fit(config, model, problem, folder, state)
@@ -497,8 +489,8 @@ def run(config: Config, state: dict | None = None) -> dict:
         save(folder / "adapter.pt", saved(config, model, problem))
         save(folder / "metrics.jsonl", metrics)
         save(folder / "result.json", result)
-        if is_first_process():
-            (folder / "checkpoint.pt").unlink(missing_ok=True)
+        gathered(None)                                                 # all is saved, for every process
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
     except (KeyboardInterrupt, OSError) as error:
         if (folder / "checkpoint.pt").exists():
             advice = f"to go on: {COMMAND} --resume {shlex.quote(str(folder))}"
@@ -606,10 +598,13 @@ def main(argv: list[str] | None = None) -> None:
         elif "task" not in typed:
             raise ValueError(f"name a task: --task {' or '.join(data.TASKS)}")
         config = Config(**typed)
+        if config.device not in DEVICES:                               # a checkpoint's, of another machine
+            raise ValueError(f"there is no {config.device} here: name --device {' or '.join(DEVICES)}")
         used = inspect.signature({**METHODS, "lora": add_lora, "full": lambda: 0}[config.method]).parameters
         for name in typed if state is None else ():
             needed = "instance_dim" if name.startswith(("encoder", "head_", "tune_")) else name
-            idle = dict(encoder_lr=not config.tune_encoder, init=config.init_text is not None).get(name)
+            idle = dict(encoder_lr=not config.tune_encoder, init=config.init_text is not None,
+                        pretrain_seed="tiny" not in (config.model, config.encoder)).get(name)
             if idle or needed in SoftPrompt.KEYWORDS and needed not in used:
                 raise ValueError(f"--{name.replace('_', '-')} has no effect with --method {config.method}"
                                  + " and the other flags" * bool(idle))
@@ -636,7 +631,7 @@ def main(argv: list[str] | None = None) -> None:
 def join_processes(config: Config) -> None:
     if config.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))           # from here on "cuda" is this one
-    dist.init_process_group("nccl" if config.device == "cuda" else "gloo", timeout=timedelta(minutes=10))
+    dist.init_process_group("nccl" if config.device == "cuda" else "gloo")
     config.quiet = config.quiet or not is_first_process()              # the first one speaks
 
 

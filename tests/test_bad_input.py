@@ -76,6 +76,7 @@ def unchanged(place, refused):
     ("--task sst2 --method pt --rank 2", "--rank has no effect with --method pt"),
     ("--task sst2 --method dpt --init vocab", "a start as 10 tokens: it takes a word, at most 10 tokens and a method whose"),
     ("--task sst2 --encoder-lr 1", "--encoder-lr has no effect with --method lopa and the other flags"),
+    ("--task sst2 --model gpt --pretrain-seed 1", "--pretrain-seed has no effect with --method lopa and the other flags"),
     ("--adapter run", "--predict TEXT and --adapter DIR go together"),
     ("--adapter run --predict x --resume cut", "--predict TEXT and --adapter DIR go together, without --resume"),
     ("--adapter run --predict x --seed 3", "--seed is the run's in run: leave it out"),
@@ -98,6 +99,11 @@ def unchanged(place, refused):
 ])
 def test_what_is_typed_wrongly(unchanged, line, words):
     unchanged(line.split(), words)
+
+
+def test_a_folder_for_runs_that_cannot_be_made(place, refused):
+    Path("runs").symlink_to("an unmounted disk")
+    assert "File exists: 'runs'" in refused(*RUN)
 
 
 @pytest.mark.parametrize("text, words", [
@@ -148,6 +154,7 @@ DAMAGE = [  # (done to an adapter or a checkpoint, words)
     (change("tensors", **{PROMPT: torch.full((3, 64), float("nan"))}), "should be [3, 64] of torch.float32, all finite"),
     (change("made_of", fingerprint="0123456789ab"), "another model"),
     (change("config", model="nowhere"), "there is no folder nowhere"),
+    (change("config", device="abacus"), "there is no abacus here: name --device cpu"),
 ]
 
 

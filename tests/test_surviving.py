@@ -196,7 +196,8 @@ def two(tiny, command, tmp_path_factory):
     (folder / "script.py").write_text(SCRIPT)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]    # on any free port
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*torchrun, folder / "script.py", folder / "two", *command, "--out", folder / "run"],
+    command = [*command, "--save-every", "100", "--out", folder / "run"]           # no checkpoint: the folder is empty till the end
+    done = subprocess.run([*torchrun, folder / "script.py", folder / "two", *command],
                           text=True, capture_output=True, timeout=200, env=environment)
     assert done.returncode == 0, done.stderr
     return folder
