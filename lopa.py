@@ -190,7 +190,7 @@ class DecomposedPromptTuning(SoftPrompt):
 
 
 class BilinearPromptTuning(DecomposedPromptTuning):
-    """DPT's A (m, r), B (r, d), Z (B, m, d) from another start: BPT (Wang et al. 2025, arXiv 2506.22908)."""
+    """DPT's product with another start: BPT (Wang et al. 2025, arXiv 2506.22908); A (m, r), B (r, d)."""
 
     def __init__(self, embed_dim: int, num_virtual_tokens: int = 10, rank: int = 4, **unused):
         super().__init__(embed_dim, num_virtual_tokens, rank, **unused)
@@ -303,10 +303,11 @@ class LoRALinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, rank: int, num_parts: int = 1):
         super().__init__()
-        p, d_in = num_parts, linear.in_features
+        d_in, d_out = linear.in_features, linear.out_features
+        p = num_parts if d_out == num_parts * d_in else 1        # StarCoder's c_attn has one key for all heads
         self.linear = linear.requires_grad_(False)
         self.A = nn.Parameter(torch.empty(p, rank, d_in).uniform_(-1, 1) / math.sqrt(d_in))  # (p, r, in)
-        self.B = nn.Parameter(torch.zeros(p, linear.out_features // p, rank))                # (p, out/p, r)
+        self.B = nn.Parameter(torch.zeros(p, d_out // p, rank))                              # (p, out/p, r)
 
     def forward(self, x: Tensor) -> Tensor:
         low = torch.einsum("pri,...i->...pr", self.A.to(x.dtype), x)         # (..., in) -> (..., p, r)
