@@ -56,7 +56,7 @@ class AnyModel(nn.Module):
                     linear = nn.Linear(*child.weight.shape, device="meta")
                     linear.weight, linear.bias = nn.Parameter(child.weight.T.contiguous()), child.bias
                     setattr(parent, name, linear)
-        tokens = torch.arange(8)[None] % self.config.vocab_size
+        tokens = torch.arange(8, device=table.device)[None] % self.config.vocab_size
         language_model.eval().get_output_embeddings().forward = self.logits    # for its own generate, too
         with torch.no_grad():
             if not torch.allclose(self(tokens), language_model(tokens).logits.float(), rtol=1e-2, atol=1e-2):
@@ -151,11 +151,12 @@ class AnyEncoder(InstanceEncoder):
 
     def __init__(self, encoder: nn.Module, own_tokenizer, tokenizer: Tokenizer, num_blocks: int | None):
         c, own = encoder.config, own_tokenizer
+        longest = getattr(c, "max_position_embeddings", 1_000_000)     # GPT-2's is n_positions, set below
         c.n_layer, c.n_embd, c.n_positions = c.num_hidden_layers, c.hidden_size, 1_000_000
         super().__init__(encoder, c.n_layer if num_blocks is None else num_blocks)
         own.pad_token, own.padding_side = own.pad_token or own.eos_token, "right"
         self.own_tokenizer, self.tokenizer = own, tokenizer
-        self.max_length = min(own.model_max_length, c.max_position_embeddings)     # more is cut off
+        self.max_length = min(own.model_max_length, longest)     # more is cut off
         give_fingerprint(encoder, len(own), own(string.printable)["input_ids"])
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
@@ -227,11 +228,12 @@ def main(argv: list[str]) -> None:
     train.load_frozen, train.COMMAND = load_frozen, "python -m experiments.any_model"
     program = compare if argv[:1] == ["compare"] else train
     flags = argv[1:] if program is compare else argv
-    if flags and not flags[0].startswith("-") and "--model" in flags:
+    if flags and not flags[0].startswith("-") and any(f.split("=")[0] == "--model" for f in flags):
         print(f"any_model: error: {flags[0]} is the model: leave out --model", file=sys.stderr)
         sys.exit(2)
     program.main(["--model", *flags] if flags and not flags[0].startswith("-") else flags)
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")                  # a sign that the console lacks
     main(sys.argv[1:])

@@ -26,6 +26,8 @@ CONFIGS = {
                                           init_std=0.3),
     "qwen2": lambda: transformers.Qwen2Config(**SIZES, num_key_value_heads=2),
     "gpt2": lambda: transformers.GPT2Config(vocab_size=50, n_embd=24, n_layer=3, n_head=4, n_positions=64, initializer_range=0.3),
+    "bigcode": lambda: transformers.GPTBigCodeConfig(vocab_size=50, n_embd=24, n_layer=3, n_head=3, n_positions=64,
+                                                    initializer_range=0.3),
 }
 
 
@@ -120,6 +122,14 @@ def test_unequal_rows_are_generated_as_each_is_without_a_cache(pair):
             whole = torch.cat([row[:length], found])[None]
             with torch.no_grad():
                 assert torch.equal(theirs(whole).logits[0, length - 1:-1].argmax(dim=-1), found)
+
+
+def test_the_check_of_the_logits_computes_where_the_model_is(monkeypatch):
+    config, read, embed = transformers.LlamaConfig(**SIZES), [], any_model.AnyModel.embed
+    monkeypatch.setattr(any_model.AnyModel, "embed", lambda self, tokens: read.append(tokens.device.type) or embed(self, tokens))
+    with pytest.raises(RuntimeError, match="meta tensors"):            # they have no values to compare
+        any_model.AnyModel(transformers.AutoModelForCausalLM.from_config(config).to("meta"))
+    assert read == ["meta"]
 
 
 def test_a_model_that_does_more_to_its_logits_is_refused():
@@ -228,6 +238,14 @@ def bert(tmp_path):
     return tmp_path / "bert"
 
 
+def test_an_encoder_reads_as_much_of_a_text_as_fits_its_context(folders, tmp_path):
+    transformers.AutoTokenizer.from_pretrained(folders[0], eos_token="a").save_pretrained(tmp_path / "gpt2")   # states no limit
+    config = transformers.GPT2Config(vocab_size=400, n_positions=16, n_embd=8, n_layer=2, n_head=2)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    encoder = any_model.load_frozen(train.Config("sst2", model=str(folders[0]), encoder=str(tmp_path / "gpt2")))[1]
+    assert torch.equal(*(encoder(torch.full((1, length), 7), torch.tensor([length])) for length in (16, 40)))
+
+
 def test_h_of_another_familys_encoder_is_its_own_mean_of_its_own_tokens(folders, bert):
     gpt, encoder, tokenizer = any_model.load_frozen(train.Config("sst2", model=str(folders[0]), encoder=str(bert)))
     texts = ["a great film . It was", "the cast is terrible . It was"]
@@ -304,7 +322,7 @@ def test_an_adapter_knows_its_tokenizer(command, folders, tmp_path, capsys):
     ("cut --task sst2 --data GLUE", "cut: Transformers cannot read a model and its tokenizer there: "),
     ("without --task sst2 --data GLUE", "without lacks 2 of the model's tensors, model.layers.1."),
     ("two --task sst2 --data GLUE", "two holds several models, a.gguf: put one in a folder of its own"),
-    ("MODEL --model cut --task sst2", "model0 is the model: leave out --model"),
+    ("MODEL --model=cut --task sst2", "model0 is the model: leave out --model"),
     ("compare nowhere --task sst2 --data GLUE", "nowhere is no folder"),
 ])
 def test_bad_input_gets_one_line(folders, tmp_path, monkeypatch, capsys, untouched, command, message):
