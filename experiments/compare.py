@@ -24,6 +24,7 @@ import inspect
 import json
 import os
 import statistics
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
@@ -70,8 +71,10 @@ def study(args: argparse.Namespace, kind: str, base: Config, configs: dict[str, 
     held_out = {blocks: evidence.hold_out(whole, len(whole.train) // 5) for blocks, whole in problems.items()
                 if args.rates is None}
     for name, config in configs.items():                               # ValueError now, if it cannot be
-        if config.tune_encoder and not (sees_h(config.method) and method_of(name)[1] in (None, "blind")):
-            raise ValueError(f"--tune-encoder has no effect on {name}: name others with --methods")
+        changes_h, reads_h = method_of(name)[1] in ("shuffled", "constant"), sees_h(config.method)
+        if config.tune_encoder + changes_h + (not reads_h) > 1:        # a tuned encoder makes h anew
+            what = "--tune-encoder" if config.tune_encoder else "the control"
+            raise ValueError(f"{what} has no effect on {name}: name others with --methods")
         evidence.controlled(problem, method_of(name)[1])
         if config.init_text is not None or config.init == "vocab":
             train.build(config, problem)
@@ -139,9 +142,10 @@ def locked(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
     except BlockingIOError:
         raise ValueError(f"{folder} is in use by another run: name another folder with --out") from None
+    try:
+        yield
     finally:
         os.close(descriptor)
         with suppress(OSError):
@@ -285,11 +289,12 @@ def main(argv: list[str] | None = None) -> None:
         usual_name = base.name.replace(f"-{base.method}-", f"-{kind}-", 1).replace("-seed0", "", 1)
         with locked(folder := Path(base.out or f"runs/{usual_name}")):
             print(study(args, kind, base, configs, folder / "runs.jsonl"), end="")
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         parser.error(" ".join(str(error).split()))
     except KeyboardInterrupt:
         parser.exit(130, "compare: interrupted; the same command goes on after the last finished run\n")
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")                  # a sign that the console lacks
     main()

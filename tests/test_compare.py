@@ -119,8 +119,10 @@ def test_another_configuration_is_refused_by_name_and_so_are_two_at_once(tiny, t
     flags = [*QUICK, "--methods", "pt", "--seeds", "0", "--rates", "default", "--out", tmp_path]
     assert "holds another study: dropout is 0.0 there and 0.5 here" in refused(capsys, *flags, "--dropout", 0.5)
     assert "study is compare there and ablate here" in refused(capsys, *QUICK, "--ablate", "--out", tmp_path)
-    with compare.locked(tmp_path):
-        assert "is in use by another run" in refused(capsys, *flags)
+    with compare.locked(tmp_path), compare.locked(tmp_path / "new"):
+        for folder in (tmp_path, tmp_path / "new"):
+            assert "is in use by another run" in refused(capsys, *flags[:-1], folder)
+        (tmp_path / "new").rmdir()                                     # it was left there, though nothing is in it yet
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 
@@ -180,6 +182,7 @@ def test_the_changes_that_are_named_are_the_rows_and_one_that_changes_nothing_is
     ("--task sst2 --max-train 4", "0 of 4 rows cannot be held out"),
     ("--task sst2 --tune-encoder --methods pt", "--tune-encoder has no effect on pt: name others"),
     ("--task sst2 --tune-encoder --methods lopa-constant", "--tune-encoder has no effect on lopa-constant"),
+    ("--task sst2 --methods pt,pt-shuffled", "the control has no effect on pt-shuffled: name others"),
 ])
 def test_bad_flags_get_one_clear_line(tiny, capsys, tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
