@@ -130,17 +130,6 @@ def test_a_bad_file_is_refused_in_a_short_line_with_file_and_line(tmp_path, cont
     assert "\n" not in str(error.value) and len(str(error.value)) < len(str(tmp_path)) + 200
 
 
-def test_ones_own_task_is_one_table_entry(tmp_path, monkeypatch):
-    mine = data.Task(folder="weather", fields={"text": "text"}, template="{text} . It was",
-                     label_words={"rain": " awful", "sun": " warm"}, label_names=("rain", "sun"))
-    monkeypatch.setitem(data.TASKS, "weather", mine)
-    (tmp_path / "weather").mkdir()
-    for name in ("train.tsv", "dev.tsv"):
-        write(tmp_path / "weather", "label\ttext\nsun\ta warm day\nrain\ta stale day\n", name)
-    rows = [({"text": "a warm day"}, 1), ({"text": "a stale day"}, 0)]
-    assert data.load_task("weather", str(tmp_path)) == (rows, {"dev": rows}, str(tmp_path / "weather"))
-
-
 def test_the_sample_is_the_same_every_time_and_max_train_draws_rows_of_it_and_not_the_first():
     assert data.sst2_sample() == data.sst2_sample.__wrapped__()        # made anew, not read from the cache
     train, dev, _ = data.load_task("sst2", None, max_train=100)

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import re
 import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -108,11 +107,3 @@ def test_a_damaged_zip_nobody_there_and_an_unknown_name_are_one_line(server, tmp
     (tmp_path / "file").touch()
     assert "config.json: [Errno 17] File exists" in refused("gpt2", "--to", tmp_path / "file", **DOWNLOAD)
     assert "invalid choice: 'mrpc'" in refused("mrpc", **DOWNLOAD)
-
-
-def test_every_source_is_a_model_or_the_files_of_a_task_at_an_https_address_with_its_sha256():
-    for name, files in download.SOURCES.items():
-        for file, (url, sha256) in files.items():
-            assert url.startswith("https://") and (sha256 is None or re.fullmatch("[0-9a-f]{64}", sha256))
-            assert sha256 or name in download.MODELS
-    assert download.SOURCES.keys() == download.MODELS.keys() | data.TASKS.keys() - {"mrpc", "rewrite"}

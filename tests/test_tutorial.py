@@ -105,11 +105,6 @@ def test_equation_numbers_are_those_that_the_code_cites():
     assert sorted(tags) == list(range(1, 13)) and lopa | model == set(tags) and model == {5}
 
 
-def test_code_blocks_are_short():
-    for kind, line, code, _ in fences(TUTORIAL[:TUTORIAL.index("\n## 8.")]):   # the loop and the answers may be longer
-        assert kind != "python" or len([row for row in code.splitlines() if row.strip()]) <= 10, f"line {line}"
-
-
 @pytest.mark.parametrize("command", re.findall(r"(?<!`)`(python [^`]+)`", TUTORIAL))
 def test_every_command_is_one_that_its_program_takes(command, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
