@@ -484,7 +484,7 @@ def load_task(name: str, data_dir: str | None,
         splits, source = dict(zip(("train", "dev"), task.sample())), "built-in sample, not GLUE"
     else:
         raise ValueError(f"task {name} has no built-in sample: name a folder that holds its files with "
-                         "--data; python -m experiments.download gets some tasks'")
+                         "--data; python -m experiments.download --help lists what it gets")
     train = splits.pop("train")
     if max_train is not None and max_train < len(train):
         train = random.Random(0).sample(train, max_train)              # not the first: files may be sorted

@@ -190,7 +190,7 @@ class DecomposedPromptTuning(SoftPrompt):
 
 
 class BilinearPromptTuning(DecomposedPromptTuning):
-    """DPT's product with another start: BPT (Wang et al. 2025, arXiv 2506.22908); A (m, r), B (r, d)."""
+    """DPT's product with another start: BPT (arXiv 2506.22908). A (m, r), B (r, d), Z (B, m, d)."""
 
     def __init__(self, embed_dim: int, num_virtual_tokens: int = 10, rank: int = 4, **unused):
         super().__init__(embed_dim, num_virtual_tokens, rank, **unused)
@@ -297,14 +297,14 @@ class LoRALinear(nn.Module):
 
     GPT-2's c_attn computes query, key and value at once: its W_0 (3 d, d) is num_parts = 3 matrices (d, d),
     one below the other. Each part has an A (r, in) and a B (out / num_parts, r) of its own, B = 0 at the
-    start; for c_attn 2 d r trainable numbers a part. alpha = 2 r, so alpha / r = 2.
+    start; for c_attn 2 d r trainable numbers a part. alpha = 2 r. Parts that are not square count as one.
     Shapes: x (..., in) -> (..., out).
     """
 
     def __init__(self, linear: nn.Linear, rank: int, num_parts: int = 1):
         super().__init__()
         d_in, d_out = linear.in_features, linear.out_features
-        p = num_parts if d_out == num_parts * d_in else 1        # StarCoder's c_attn has one key for all heads
+        p = num_parts if d_out == num_parts * d_in else 1        # StarCoder: one key for all heads
         self.linear = linear.requires_grad_(False)
         self.A = nn.Parameter(torch.empty(p, rank, d_in).uniform_(-1, 1) / math.sqrt(d_in))  # (p, r, in)
         self.B = nn.Parameter(torch.zeros(p, d_out // p, rank))                              # (p, out/p, r)

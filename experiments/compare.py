@@ -72,7 +72,7 @@ def study(args: argparse.Namespace, kind: str, base: Config, configs: dict[str, 
                 if args.rates is None}
     for name, config in configs.items():                               # ValueError now, if it cannot be
         changes_h, reads_h = method_of(name)[1] in ("shuffled", "constant"), sees_h(config.method)
-        if config.tune_encoder + changes_h + (not reads_h) > 1:        # a tuned encoder makes h anew
+        if config.tune_encoder + changes_h + (not reads_h) > 1:        # any two: a tuned encoder makes h anew
             what = "--tune-encoder" if config.tune_encoder else "the control"
             raise ValueError(f"{what} has no effect on {name}: name others with --methods")
         evidence.controlled(problem, method_of(name)[1])
